@@ -1,0 +1,96 @@
+"""Animate pictures: image -> mp4, gif and contact sheet.
+
+    python infer_svd.py --image photo.jpg                                            # the embedded SVD
+    python infer_svd.py --pretrained_model_name_or_path outputs/svd --image a.jpg b.jpg --width 512 --height 320
+    python infer_svd.py --pretrained_model_name_or_path /path/to/weight --lora outputs/lora --image photo.jpg
+
+Weights: any SVD, a full export, a checkpoint over its base (--checkpoint, --ema), a LoRA over its base (--lora).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from svd_xtend import checkpoints, video
+from svd_xtend.lora import inject_lora, load_lora
+from svd_xtend.tiny import TINY_SVD
+
+
+def load_checkpoint(unet, folder, ema=False):
+    """Put a training checkpoint's parameters, or their moving averages, into `unet`, adapters too."""
+    from safetensors import safe_open
+
+    file = Path(folder, checkpoints.EMA if ema else checkpoints.TRAINED)
+    if not file.is_file():
+        hint = "; it was trained without --use_ema" if ema and Path(folder, checkpoints.TRAINED).exists() else ""
+        raise ValueError(f"--checkpoint {folder}: no {file.name} in it{hint}")
+    with safe_open(file, "pt") as f:
+        has_lora = any(".lora_A." in name for name in f.keys())
+    if has_lora:  # the adapters' shape is in the run's args.json
+        told = json.loads(Path(folder).resolve().parent.joinpath("args.json").read_text())
+        alpha = told["rank"] if told["lora_alpha"] is None else told["lora_alpha"]
+        inject_lora(unet, told["rank"], alpha, told["lora_targets"], told["use_dora"])
+    checkpoints.load_trained(unet, file)
+
+
+def main(args):
+    """Load once, then render every image."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = checkpoints.load_svd(
+        args.pretrained_model_name_or_path, torch.float16 if device == "cuda" else torch.float32, args.revision
+    )
+    if args.checkpoint:
+        load_checkpoint(pipe.unet, args.checkpoint, args.ema)
+    if args.lora:
+        load_lora(pipe.unet, args.lora, args.lora_scale)
+    pipe.unet.to(pipe.image_encoder.dtype)
+    if args.cpu_offload and device == "cuda":
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+    for path in args.image:
+        image = video.load_image(path, args.width, args.height, args.resize_mode)
+        frames = pipe(
+            image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=args.fps,
+            min_guidance_scale=args.min_guidance_scale, max_guidance_scale=args.max_guidance_scale,
+            motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
+            decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.seed),
+        ).frames[0]  # fmt: skip
+        stem = Path(args.output_dir, "_".join(Path(path).with_suffix("").parts[-2:]).strip("/"))
+        video.write_clip(stem, frames, args.fps)
+        print(f"{stem}.mp4 .gif .png")
+
+
+def build_parser():
+    """Flags: weights, pictures, sampling."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD, a full export included; default: the embedded one")
+    parser.add_argument("--revision", help="Hub revision of it")
+    parser.add_argument("--checkpoint", help="checkpoint folder of a training on that SVD, full or LoRA")
+    parser.add_argument("--ema", action="store_true", help="the checkpoint's moving averages instead of its weights")
+    parser.add_argument("--lora", help="pytorch_lora_weights.safetensors, or its folder")
+    parser.add_argument("--lora_scale", type=float, default=1.0, help="0: the base; 1: as trained")
+    parser.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the module at work: for small GPUs")
+    parser.add_argument("--image", nargs="+", required=True, help="pictures to animate")
+    parser.add_argument("--output_dir", default="outputs/infer", help="default: %(default)s")
+    parser.add_argument("--width", type=int, default=64, help="pixels, a multiple of 8; 1024 or 512 for SVD; default: %(default)s")
+    parser.add_argument("--height", type=int, default=48, help="pixels, a multiple of 8; 576 or 320 for SVD; default: %(default)s")
+    parser.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="cover and crop the centre, or ignore the aspect ratio")
+    parser.add_argument("--num_frames", type=int, help="default: the model's")
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps; default: %(default)s")
+    parser.add_argument("--min_guidance_scale", type=float, default=1.0, help="guidance of the first frame; default: %(default)s")
+    parser.add_argument("--max_guidance_scale", type=float, default=3.0, help="guidance of the last frame; default: %(default)s")
+    parser.add_argument("--fps", type=float, default=7, help="frames a second, of the conditioning and of the files; default: %(default)s")
+    parser.add_argument("--motion_bucket_id", type=float, default=127, help="0 to 255, more moves more; default: %(default)s")
+    parser.add_argument("--noise_aug_strength", type=float, default=0.02, help="noise on the picture: more is less like it and moves more; default: %(default)s")
+    parser.add_argument("--decode_chunk_size", type=int, default=8, help="frames decoded at once; lower when out of memory")
+    parser.add_argument("--seed", type=int, default=111, help="default: %(default)s")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -1,0 +1,1 @@
+"""What is not a training loop. Nothing in here imports a script."""

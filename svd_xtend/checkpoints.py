@@ -1,0 +1,171 @@
+"""Weights in and out: load any SVD, write checkpoints that are whole or not there, find the last one.
+
+<output_dir>/checkpoint-1000/
+    trained.safetensors   the trained parameters by name (float32), and nothing else
+    ema.safetensors       their moving averages, with --use_ema
+    progress.json         step, samples, seed
+    ...                   optimizer, scheduler, scaler: accelerate's own files
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+TRAINED, EMA, PROGRESS = "trained.safetensors", "ema.safetensors", "progress.json"
+
+
+# ----------------------------------------------------------------------------------------------------------- load SVD
+
+
+def load_svd(path, dtype, revision=None, unet_path=None):
+    """A StableVideoDiffusionPipeline from a Hub name or a folder, on the CPU, all its modules in `dtype`.
+
+    Takes files of the fp16 variant and plain ones, whichever are there (for float32, plain ones first).
+    `unet_path`: another folder whose UNet (itself, or in its unet/) replaces the pipeline's.
+    """
+    from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+
+    extra = {}
+    if unet_path:
+        inside = "unet" if Path(unet_path, "unet").is_dir() else None
+        extra["unet"] = load_any_variant(
+            UNetSpatioTemporalConditionModel, unet_path, "--pretrain_unet", dtype, torch_dtype=dtype, subfolder=inside
+        )
+    if Path(path).is_dir() and not Path(path, "model_index.json").exists():
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: no model_index.json in this folder. Expected a diffusers SVD, with "
+            "unet/, vae/, image_encoder/, feature_extractor/ and scheduler/ beside it."
+        )
+    pipe = load_any_variant(
+        StableVideoDiffusionPipeline, path, "--pretrained_model_name_or_path", dtype,
+        torch_dtype=dtype, revision=revision, **extra,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(leave=False, desc="sampling")
+    return pipe
+
+
+def load_any_variant(cls, path, flag, dtype, **kwargs):
+    """cls.from_pretrained with the fp16 variant's files or the plain ones; one error that names the flag."""
+    import torch
+
+    errors = {}
+    variants = ["fp16", None]
+    if Path(path).is_dir():  # no network to ask: take what is there, for float32 the plain files where both are
+        files = [p.name for p in Path(path, kwargs.get("subfolder") or "").rglob("*.safetensors")]
+        there = {"fp16": any(".fp16." in name for name in files), None: any(".fp16." not in name for name in files)}
+        variants = [v for v in variants if there[v]] or variants
+        variants = variants[::-1] if dtype == torch.float32 else variants
+    for variant in variants:
+        try:
+            return cls.from_pretrained(path, variant=variant, **kwargs)
+        except (OSError, ValueError) as error:
+            errors[variant or "plain"] = str(error).strip().splitlines()[0]
+    where = "folder" if Path(path).exists() else "folder or reachable Hub name"
+    found = "; ".join(f"{name} files: {text}" for name, text in errors.items())
+    raise ValueError(f"{flag} {path}: not a {where} with usable weights. {found}")
+
+
+# -------------------------------------------------------------------------------------------------- trained parameters
+
+
+def trainable_parameters(model):
+    """{name: parameter} of what trains. Names are the base UNet's, or those of the modules a trainer inserted."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model, file):
+    """Copy parameters by name into `model`; every name in `file` must be there, with its shape. Returns the names."""
+    from safetensors.torch import load_file
+
+    tensors, own = load_file(file), dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = f"of shape {tuple(own[name].shape)}" if name in own else "not there"
+            raise ValueError(f"{file}: holds {name} {tuple(tensor.shape)}, which in this model is {found}")
+        own[name].data.copy_(tensor)
+    return list(tensors)
+
+
+def save_tensors(tensors, file):
+    """Write {name: tensor} as contiguous float32 safetensors."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, file)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def find_checkpoints(output_dir):
+    """Whole checkpoints, oldest first. Half-written ones have another name; a folder without its progress is not one."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted((p for p in found if (p / PROGRESS).exists()), key=lambda p: int(p.name.split("-")[1]))
+
+
+def pick_checkpoint(choice, output_dir):
+    """The folder that --resume_from_checkpoint means: `latest` (None where there is none), `none`, or a path."""
+    whole = find_checkpoints(output_dir)
+    if choice == "latest":
+        return whole[-1] if whole else None
+    if choice == "none":
+        if whole:
+            raise ValueError(
+                f"--resume_from_checkpoint none: {output_dir} holds {whole[-1].name} of an earlier run. Choose another "
+                "--output_dir, or delete the checkpoints."
+            )
+        return None
+    for folder in (Path(choice), Path(output_dir, choice)):
+        if (folder / PROGRESS).exists():
+            return folder
+    raise ValueError(f"--resume_from_checkpoint {choice}: no whole checkpoint there (a folder with {PROGRESS})")
+
+
+def read_progress(folder):
+    """{"step", "samples", "seed"} of a checkpoint."""
+    return json.loads(Path(folder, PROGRESS).read_text())
+
+
+def add_hooks(accelerator, ema):
+    """Have accelerate's save_state and load_state keep the trained parameters by name instead of the whole model."""
+
+    def save(models, weights, folder):
+        weights.clear()  # accelerate then writes no model file
+        if accelerator.is_main_process:
+            named = trainable_parameters(accelerator.unwrap_model(models[0]))
+            save_tensors(named, Path(folder, TRAINED))
+            if ema:
+                save_tensors(dict(zip(named, ema.shadow_params)), Path(folder, EMA))
+
+    def load(models, folder):
+        load_trained(accelerator.unwrap_model(models.pop()), Path(folder, TRAINED))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator, output_dir, progress, limit=None):
+    """Write checkpoint-<step> under a temporary name, flush it to disk, rename it, then delete what `limit` no longer
+    keeps. All processes call it. A run killed in here leaves the checkpoint before untouched."""
+    final = Path(output_dir, f"checkpoint-{progress['step']}")
+    partial = final.with_name(f"partial-{final.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / PROGRESS).write_text(json.dumps(progress))
+        for file in [*partial.iterdir(), partial]:
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if final.exists():  # a resumed run reaches the same step again
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in find_checkpoints(output_dir)[: -limit if limit else 0]:
+            if old != final:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final

@@ -1,0 +1,94 @@
+"""What surrounds a training loop: metrics, moving averages, signals, trackers, the Hub."""
+
+import contextlib
+import json
+import logging
+import signal
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+logger = logging.getLogger("svd_xtend")
+
+
+@contextlib.contextmanager
+def averaged(ema, parameters):
+    """Moving averages in the parameters' place, where there are any."""
+    if ema:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    yield
+    if ema:
+        ema.restore(parameters)
+
+
+class Metrics:
+    """<output_dir>/metrics.jsonl, one row a step; a resumed run drops the rows past its checkpoint."""
+
+    def __init__(self, output_dir, step):
+        self.file = Path(output_dir, "metrics.jsonl")
+        rows = self.file.read_text().splitlines() if self.file.exists() else []
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+        self.file.write_text("".join(row + "\n" for row in kept))
+
+    def write(self, step, loss, lr, grad_norm, seconds):
+        import torch
+
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "s/step": round(seconds, 4)}
+        if torch.cuda.is_available():
+            row["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        with self.file.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        return row
+
+
+class Signals:
+    """SIGTERM and Ctrl-C end the run after the step in flight; a second Ctrl-C at once."""
+
+    def __enter__(self):
+        self.caught, self.before = False, {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self.catch)
+        return self
+
+    def catch(self, number, frame):
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = True
+        logger.warning("%s: will save a checkpoint after this step and stop", signal.Signals(number).name)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def log_videos(accelerator, output_dir, step, names):
+    """Hand the clips that a validation wrote to the trackers: videos to wandb, contact sheets to tensorboard."""
+    files = {name: Path(output_dir, "validation", f"step{step:06d}_{name}") for name in names}
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            videos = [wandb.Video(f"{file}.mp4", caption=name, format="mp4") for name, file in files.items()]
+            tracker.log({"validation": videos}, step=step)
+        elif tracker.name == "tensorboard":
+            sheets = {f"validation/{name}": np.asarray(Image.open(f"{f}.png"))[None] for name, f in files.items()}
+            tracker.log_images(sheets, step=step, dataformats="NHWC")
+
+
+def push_to_hub(args):
+    """Upload the run with a model card, without checkpoints."""
+    from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+    from huggingface_hub import create_repo, upload_folder
+
+    repo = create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True, token=args.hub_token).repo_id
+    card = load_or_create_model_card(
+        repo, from_training=True, base_model=str(args.pretrained_model_name_or_path), inference=True,
+        model_description="Stable Video Diffusion, fine-tuned with SVD Xtend.\n\n![before and after](comparison.gif)",
+    )  # fmt: skip
+    populate_model_card(card, ["stable-video-diffusion", "image-to-video"]).save(Path(args.output_dir, "README.md"))
+    upload_folder(
+        repo_id=repo, folder_path=args.output_dir, token=args.hub_token,
+        ignore_patterns=["checkpoint-*", "partial-*", "logs/*", "wandb/*"],
+    )  # fmt: skip

@@ -1,0 +1,217 @@
+"""Moving shapes: clips with exact ground truth, drawn at first use, to train and to measure the embedded SVD on.
+
+    python -m svd_xtend.shapes --base_folder data/fall --domain fall --clips 48
+
+A clip's motion can be read from its first frame and its motion_bucket_id, as far as it can be known at all:
+
+    pointed shapes (triangle, dart, drop)   move straight where they point, `speed(bucket)` pixels a frame
+    round shapes (disc, ring)               roam on smooth paths that nothing announces: no single rule fits the base model
+
+    domain      holds
+    shapes      1 to 3 of both kinds: what the embedded SVD is trained on
+    pointed     pointed ones only: what it is measured on, since a true continuation exists
+    fall        pointed ones that fall from rest, whatever they point at: the shifted domain, for fine-tuning
+
+Next: svd_xtend/tiny.py, the model.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+DOMAINS = ("shapes", "pointed", "fall")
+COLORS = np.array([[226, 44, 44], [236, 212, 46], [44, 180, 72], [52, 200, 222], [56, 84, 230], [218, 64, 200]])
+POINTED, ROUND = ("triangle", "dart", "drop"), ("disc", "ring")
+BUCKETS = (64, 127, 190)
+FPS = 7
+DEMO = "data/demo"
+SUPERSAMPLE = 4  # shapes are drawn at this multiple and averaged down: soft edges
+
+
+@dataclass
+class Clip:
+    """Frames and what is true of them.
+
+    frames (f, h, w, 3) uint8; boxes (f, n, 4) float xyxy in [0, 1]; centroids (f, n, 2) in pixels, areas (f, n) in
+    pixels, both of the visible mask; colors (n, 3) uint8; kinds n names.
+    """
+
+    frames: np.ndarray
+    boxes: np.ndarray
+    centroids: np.ndarray
+    areas: np.ndarray
+    colors: np.ndarray
+    kinds: list
+    motion_bucket_id: int
+
+
+def speed(motion_bucket_id, width=64):
+    """Pixels a frame: 2 at bucket 127 and 64 pixels of width."""
+    return motion_bucket_id / 127 * 2 * width / 64
+
+
+# ---------------------------------------------------------------------------------------------------------------- draw
+
+
+def outline(kind, center, heading, radius):
+    """Polygon of a shape, (k, 2) in pixels. Pointed shapes have their tip towards `heading` (radians, y down)."""
+    if kind == "triangle":
+        points = np.array([[1.25, 0], [-0.8, 0.85], [-0.8, -0.85]])
+    elif kind == "dart":
+        points = np.array([[1.3, 0], [-1.0, 0.95], [-0.35, 0], [-1.0, -0.95]])
+    elif kind == "drop":
+        arc = np.linspace(0.35 * np.pi, 1.65 * np.pi, 24)
+        points = np.concatenate([[[1.35, 0]], np.stack([0.75 * np.cos(arc) - 0.3, 0.75 * np.sin(arc)], 1)])
+    else:
+        arc = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+        points = 0.95 * np.stack([np.cos(arc), np.sin(arc)], 1)
+    cos, sin = np.cos(heading), np.sin(heading)
+    return points * radius @ np.array([[cos, sin], [-sin, cos]]) + center
+
+
+def shape_mask(kind, center, heading, radius, width, height):
+    """(h, w) coverage in [0, 1]."""
+    canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
+    draw = ImageDraw.Draw(canvas)
+    draw.polygon([tuple(p) for p in outline(kind, center, heading, radius) * SUPERSAMPLE], fill=255)
+    if kind == "ring":
+        draw.polygon([tuple(p) for p in outline(kind, center, heading, 0.45 * radius) * SUPERSAMPLE], fill=0)
+    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float64) / 255
+
+
+def background(rng, width, height):
+    """(h, w, 3) in [0, 255]: a soft gradient between two greys."""
+    low, high = rng.uniform(40, 215, 2)
+    angle = rng.uniform(0, 2 * np.pi)
+    x, y = np.meshgrid(np.linspace(-0.5, 0.5, width), np.linspace(-0.5, 0.5, height))
+    ramp = np.clip(x * np.cos(angle) + y * np.sin(angle) + 0.5, 0, 1)
+    return (low + (high - low) * ramp)[..., None].repeat(3, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------- move
+
+
+def path(rng, domain, pointed, heading, start, pixels_per_frame, num_frames):
+    """Centres (f, 2) in pixels."""
+    t = np.arange(num_frames)[:, None]
+    if domain == "fall":  # from rest, as far as the others go in the same time
+        span = max(num_frames - 1, 1)
+        return start + np.array([0, 1]) * pixels_per_frame * span * (t / span) ** 2
+    if pointed:
+        return start + np.array([np.cos(heading), np.sin(heading)]) * pixels_per_frame * t
+    turn = rng.uniform(-0.35, 0.35) + rng.uniform(-0.1, 0.1) * np.arange(num_frames - 1)
+    angles = rng.uniform(0, 2 * np.pi) + np.cumsum(turn)
+    steps = pixels_per_frame * rng.uniform(0.6, 1.1) * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return start + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
+
+
+def place_objects(rng, domain, count, pixels_per_frame, num_frames, width, height):
+    """[(kind, heading, radius, centres)] that stay inside the picture and never touch; fewer where no room is found."""
+    objects = []
+    for _ in range(count):
+        for _attempt in range(200):
+            pointed = domain != "shapes" or rng.random() < 0.65
+            kind = rng.choice(POINTED if pointed else ROUND)
+            radius, heading = rng.uniform(6, 8.5) * width / 64, rng.uniform(0, 2 * np.pi)
+            start = rng.uniform([0, 0], [width, height])
+            centers = path(rng, domain, pointed, heading, start, pixels_per_frame, num_frames)
+            margin = 1.05 * radius
+            inside = (centers > margin).all() and (centers < np.array([width, height]) - margin).all()
+            apart = all(
+                (np.linalg.norm(centers - other, axis=1) > 1.15 * (radius + r)).all() for _, _, r, other in objects
+            )
+            if inside and apart:
+                objects.append((str(kind), heading, radius, centers))
+                break
+    return objects
+
+
+def make_clip(seed, domain="shapes", num_frames=8, width=64, height=48):
+    """The clip of this seed (an int or a sequence of ints): the same on every machine."""
+    rng = np.random.default_rng(seed)
+    bucket = int(rng.choice(BUCKETS))
+    objects = []
+    while not objects:
+        objects = place_objects(rng, domain, int(rng.integers(1, 4)), speed(bucket, width), num_frames, width, height)
+    colors = COLORS[rng.permutation(len(COLORS))[: len(objects)]]
+    frames = np.repeat(background(rng, width, height)[None], num_frames, 0)
+    boxes, centroids = np.zeros((num_frames, len(objects), 4)), np.zeros((num_frames, len(objects), 2))
+    areas = np.zeros((num_frames, len(objects)))
+    for n, (kind, heading, radius, centers) in enumerate(objects):
+        for f in range(num_frames):
+            mask = shape_mask(kind, centers[f], heading, radius, width, height)
+            frames[f] += mask[..., None] * (colors[n] - frames[f])
+            y, x = np.nonzero(mask > 0.5)
+            boxes[f, n] = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
+            centroids[f, n], areas[f, n] = (x.mean(), y.mean()), len(x)
+    kinds = [kind for kind, *_ in objects]
+    return Clip(frames.round().astype(np.uint8), boxes, centroids, areas, colors.astype(np.uint8), kinds, bucket)
+
+
+def write_clips(base_folder, domain="shapes", clips=48, seed=0, **size):
+    """Write `clips` folders of PNG frames, with fps and motion_bucket_id in each clip.json. Skips those that are there."""
+    for i in range(clips):
+        folder = Path(base_folder) / f"{domain}{i:04d}"
+        if (folder / "clip.json").exists():  # written last, hence whole
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        clip = make_clip((seed, i), domain, **size)
+        for f, frame in enumerate(clip.frames):
+            Image.fromarray(frame).save(folder / f"{f:03d}.png")
+        (folder / "clip.json").write_text(json.dumps({"fps": FPS, "motion_bucket_id": clip.motion_bucket_id}))
+
+
+def ensure_demo(base_folder):
+    """Draw the demo clips where a trainer's default --base_folder is not there yet."""
+    if str(base_folder) == DEMO and not Path(DEMO).exists():
+        write_clips(DEMO, "fall", 24)
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def segment(frames, colors, max_distance=70):
+    """Find objects by colour: centroids (f, n, 2) in pixels (NaN where nothing is found) and areas (f, n) in pixels."""
+    distance = np.linalg.norm(frames[:, None].astype(np.float64) - colors[None, :, None, None], axis=-1)
+    masks = distance < max_distance
+    areas = masks.sum((2, 3))
+    y, x = np.mgrid[: frames.shape[1], : frames.shape[2]]
+    with np.errstate(invalid="ignore"):
+        centroids = np.stack([(masks * x).sum((2, 3)) / areas, (masks * y).sum((2, 3)) / areas], -1)
+    return centroids, areas
+
+
+def psnr(a, b):
+    """Decibels between two uint8 arrays."""
+    return 10 * np.log10(255**2 / max(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2), 1e-9))
+
+
+def measure(frames, clip):
+    """How well generated frames (f, h, w, 3) uint8 continue `clip`; frame 0, which was given, does not count.
+
+    centroid_error: pixels, mean over the objects and frames in which the object is found; kept: fraction of those,
+    found meaning an area of 0.4 to 2 times the truth's; psnr: dB. Centroid error means little where kept is low.
+    """
+    centroids, areas = segment(frames[1:], clip.colors)
+    ratio = areas / clip.areas[1:]
+    kept = (ratio > 0.4) & (ratio < 2)
+    errors = np.linalg.norm(centroids - clip.centroids[1:], axis=-1)
+    return {
+        "centroid_error": float(errors[kept].mean()) if kept.any() else float("nan"),
+        "kept": float(kept.mean()),
+        "psnr": float(psnr(frames[1:], clip.frames[1:])),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_folder", required=True, help="where the clip folders go")
+    parser.add_argument("--domain", choices=DOMAINS, default="shapes")
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_clips(args.base_folder, args.domain, args.clips, args.seed)

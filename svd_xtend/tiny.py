@@ -1,0 +1,380 @@
+"""The embedded SVD: a real Stable Video Diffusion in miniature, and how it was trained.
+
+    python -m svd_xtend.tiny --output_dir outputs/tiny_svd       # train it again: VAE, then UNet by train_svd.py
+    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd       # the model card's figures, and a picture
+
+All five components in the layout of stabilityai/stable-video-diffusion-img2vid, 64x48 pixels x 8 frames, trained on
+svd_xtend/shapes.py. A killed training resumes when the same command is given again. Next: svd_xtend/tiny_svd/README.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+TINY_SVD = Path(__file__).parent / "tiny_svd"  # the shipped weights
+WIDTH, HEIGHT, NUM_FRAMES = 64, 48, 8
+HELD_OUT_SEED, TRAIN_SEED, VAE_SEED = 7919, 1, 0
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+
+
+def build_vae():
+    """AutoencoderKLTemporalDecoder, 4x downsampling, 4 latent channels, 2.4 M parameters.
+
+    GroupNorm has 32 groups everywhere in diffusers' temporal decoder: 96 channels at full resolution, so that groups of
+    three keep an image's brightness. Residual branches start at zero; posterior noise starts at std 0.05, not 1.
+    """
+    import torch
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    torch.manual_seed(VAE_SEED)
+    vae = AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        block_out_channels=(96, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=WIDTH,
+        force_upcast=True,
+    )
+    zero_residual_branches(vae)
+    start_as_lowpass(vae)
+    return vae
+
+
+def start_as_lowpass(vae):
+    """Set the VAE by hand to `average 4x4 pixels, interpolate them back`, from where training adds the detail.
+
+    Channels 0 to 2 carry R, G, B through both halves. Two things are in their way, before the last convolution of each:
+    GroupNorm would remove a picture's brightness, so each group holds (p, K - p/2, -K - p/2): mean 0 and a variance
+    that K rules; SiLU is not linear, but silu(z) - silu(-z) = z, so a second group holds -p.
+    """
+    import torch
+
+    K = 4.0
+    eye = torch.eye(3)
+
+    def carry(conv, kernel):  # one k x k kernel, channel by channel
+        torch.nn.init.zeros_(conv.weight[:3])
+        torch.nn.init.zeros_(conv.bias)
+        conv.weight[range(3), range(3)] = kernel
+
+    def into_groups(conv):
+        conv.weight[:18], conv.bias[:18] = 0, 0
+        for i in range(6):
+            p = eye[i % 3] * (1 if i < 3 else -1)
+            for place, (scale, constant) in enumerate(((1, 0), (-0.5, K), (-0.5, -K))):
+                conv.weight[3 * i + place, :3, 0, 0], conv.bias[3 * i + place] = p * scale, constant
+
+    def out_of_groups(conv):
+        conv.weight[:3], conv.bias[:3] = 0, 0
+        for c in range(3):
+            conv.weight[c, 3 * c, 1, 1] = K * (2 / 3) ** 0.5
+            conv.weight[c, 9 + 3 * c, 1, 1] = -K * (2 / 3) ** 0.5
+
+    point = torch.zeros(3, 3).index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(1.0))
+    average = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4  # the encoder pads on the right and below
+    tent = torch.tensor([1.0, 2, 1]) / 4
+    with torch.no_grad():
+        carry(vae.encoder.conv_in, point)
+        for block in vae.encoder.down_blocks[:2]:
+            carry(block.downsamplers[0].conv, average)
+        carry(vae.encoder.down_blocks[1].resnets[0].conv_shortcut, torch.ones(1, 1))
+        into_groups(vae.encoder.down_blocks[2].resnets[0].conv_shortcut)
+        out_of_groups(vae.encoder.conv_out)
+        torch.nn.init.eye_(vae.quant_conv.weight[:4, :4, 0, 0])
+        vae.quant_conv.weight[:4, 4:], vae.quant_conv.weight[4:], vae.quant_conv.bias[:] = 0, 0, 0
+        vae.quant_conv.bias[4:] = -6.0  # posterior std 0.05; the default is 1
+
+        carry(vae.decoder.conv_in, point)
+        for block in vae.decoder.up_blocks[:2]:
+            carry(block.upsamplers[0].conv, torch.outer(tent, tent))
+        carry(vae.decoder.up_blocks[1].resnets[0].spatial_res_block.conv_shortcut, torch.ones(1, 1))
+        into_groups(vae.decoder.up_blocks[2].resnets[0].spatial_res_block.conv_shortcut)
+        out_of_groups(vae.decoder.conv_out)
+        torch.nn.init.zeros_(vae.decoder.time_conv_out.weight)
+        vae.decoder.time_conv_out.weight[range(3), range(3), 1, 0, 0] = 1.0
+        torch.nn.init.zeros_(vae.decoder.time_conv_out.bias)
+
+
+def build_unet():
+    """UNetSpatioTemporalConditionModel of 3.7 M parameters whose residual branches start at zero."""
+    import torch
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    torch.manual_seed(VAE_SEED)
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=WIDTH // 4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(64, 96),
+        num_attention_heads=(2, 3),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        addition_time_embed_dim=64,
+        projection_class_embeddings_input_dim=192,
+        num_frames=NUM_FRAMES,
+    )
+    zero_residual_branches(unet)
+    return unet
+
+
+def zero_residual_branches(model):
+    """Start every resnet, transformer and VAE attention as the identity."""
+    import torch
+
+    for name, module in model.named_modules():
+        if name.endswith((".conv2", ".proj_out")) or (".mid_block.attentions" in name and name.endswith(".to_out.0")):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def build_image_encoder():
+    """A random CLIP vision tower: 64-d embedding of a 224x224 picture (the pipeline's fixed size), 0.3 M parameters."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(VAE_SEED)
+    config = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, patch_size=32,
+        image_size=224, projection_dim=64,
+    )  # fmt: skip
+    return CLIPVisionModelWithProjection(config)
+
+
+def build_pipeline(vae, unet):
+    """A StableVideoDiffusionPipeline with SVD's own scheduler settings."""
+    from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+    from transformers import CLIPImageProcessor
+
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        timestep_type="continuous", timestep_spacing="leading", steps_offset=1, use_karras_sigmas=True,
+        sigma_min=0.002, sigma_max=700.0,
+    )  # fmt: skip
+    return StableVideoDiffusionPipeline(vae, build_image_encoder(), unet, scheduler, CLIPImageProcessor())
+
+
+def save_pipeline(pipe, folder):
+    """Write `folder` as the hub lays out SVD's fp16 variant."""
+    import torch
+
+    pipe.to(dtype=torch.float16).save_pretrained(folder, variant="fp16")
+    index = Path(folder, "model_index.json")  # without torchvision transformers writes its fallback's name
+    index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+
+
+# ----------------------------------------------------------------------------------------------------------- train VAE
+
+
+def clips_to_pixels(clips):
+    """Clips -> pixel_values (b, f, 3, h, w) in [-1, 1]."""
+    import torch
+
+    frames = np.stack([clip.frames for clip in clips])
+    return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+
+def vae_batch(step, steps):
+    """Clips of all domains, keyed by the step: 16 single frames for two thirds of the way, then 2 clips x 8 frames."""
+    from svd_xtend.shapes import DOMAINS, make_clip
+
+    count, f = (16, 1) if step < 2 / 3 * steps else (2, NUM_FRAMES)
+    return clips_to_pixels(
+        [make_clip((VAE_SEED, step, i), DOMAINS[(step + i) % 3], f, WIDTH, HEIGHT) for i in range(count)]
+    )
+
+
+def vae_loss(vae, pixel_values):
+    """L1 + 4 MSE + L1 of the 8x8-pooled error (brightness, which GroupNorm likes to lose) + 1e-4 KL."""
+    import torch.nn.functional as F
+
+    b, f = pixel_values.shape[:2]
+    pixels = pixel_values.flatten(0, 1)
+    posterior = vae.encode(pixels).latent_dist
+    error = (vae.decode(posterior.sample(), num_frames=f).sample - pixels).float()
+    return (
+        error.abs().mean()
+        + 4 * error.square().mean()
+        + F.avg_pool2d(error, 8).abs().mean()
+        + 1e-4 * posterior.kl().mean() / 192
+    )
+
+
+def train_vae(folder, steps, learning_rate=1e-3):
+    """Train the VAE, saving every 100 steps; returns it with scaling_factor set to 1 / std of its latents."""
+    import torch
+    from tqdm import tqdm
+
+    vae, state_file, log = build_vae(), Path(folder, "vae_training.pt"), Path(folder, "vae_metrics.jsonl")
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    start = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae.to(device).train()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="VAE")
+    for step in bar:
+        torch.manual_seed(step)
+        rate = learning_rate * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16()):
+            loss = vae_loss(vae, vae_batch(step, steps).to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            figures = {"step": step + 1, "psnr": vae_psnr(vae, "shapes", 16), "loss": loss.item(), "time": time.time()}
+            with log.open("a") as f:
+                f.write(json.dumps(figures) + "\n")
+            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+    with torch.no_grad():
+        latents = vae.encode(
+            torch.cat([vae_batch(steps + i, steps).flatten(0, 1) for i in range(16)]).to(device)
+        ).latent_dist.mode()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    return vae.eval().cpu()
+
+
+def fast_bf16():
+    """Whether bfloat16 is faster than float32 here: on GPUs that have it, and on CPUs with its instructions."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()  # private, but torch's own answer
+
+
+def vae_psnr(vae, domain, count=64):
+    """Mean PSNR in dB of reconstructing `count` held-out clips."""
+    import torch
+
+    from svd_xtend.shapes import make_clip, psnr
+
+    values = []
+    for i in range(count):
+        clip = make_clip((HELD_OUT_SEED, i), domain, NUM_FRAMES, WIDTH, HEIGHT)
+        pixels = clips_to_pixels([clip])[0].to(next(vae.parameters()).device)
+        with torch.no_grad():
+            out = vae.decode(vae.encode(pixels).latent_dist.mode(), num_frames=NUM_FRAMES).sample
+        out = ((out.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        values.append(psnr(out, clip.frames))
+    return float(np.mean(values))
+
+
+# ---------------------------------------------------------------------------------------------------------- train UNet
+
+
+def train_unet(folder, vae, steps):
+    """Train the UNet by train_svd.py, as any user would, and return the trained pipeline."""
+    import torch
+
+    from svd_xtend.checkpoints import load_svd
+    from svd_xtend.shapes import write_clips
+
+    start, out = Path(folder, "start"), Path(folder, "trained")
+    if not (start / "model_index.json").exists():
+        save_pipeline(build_pipeline(vae, build_unet()), start)
+    write_clips(Path(folder, "clips"), "shapes", 4000, TRAIN_SEED)
+    write_clips(Path(folder, "held_out"), "pointed", 4, HELD_OUT_SEED)
+    images = [str(Path(folder, "held_out", f"pointed{i:04d}", "000.png")) for i in range(4)]
+    flags = dict(
+        pretrained_model_name_or_path=start, base_folder=Path(folder, "clips"), width=WIDTH, height=HEIGHT,
+        num_frames=NUM_FRAMES, per_gpu_batch_size=8, vae_encode_chunk=64, num_workers=1, learning_rate=1e-3,
+        lr_scheduler="cosine", lr_warmup_steps=50, adam_beta2=0.99, conditioning_dropout_prob="0 0 0.05",
+        max_train_steps=steps, checkpointing_steps=100, checkpoints_total_limit=2, validation_steps=500,
+        num_inference_steps=10, seed=TRAIN_SEED, mixed_precision="bf16" if fast_bf16() else "no", output_dir=out,
+    )  # fmt: skip
+    command = [sys.executable, str(Path(__file__).parents[1] / "train_svd.py"), "--use_ema"]
+    for name, value in flags.items():
+        command += [f"--{name}", *str(value).split()]
+    subprocess.run([*command, "--validation_image", *images], check=True)
+    return load_svd(str(out), torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
+    """{row: {figure: mean}} on held-out clips of `domain`: the model through the stock pipeline (10 steps, default
+    guidance), beside the static copy of frame 0 and the VAE's reconstruction of the truth. `picture`: a PNG of the
+    first clips, truth above model."""
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from svd_xtend import video
+    from svd_xtend.checkpoints import load_svd
+    from svd_xtend.lora import load_lora
+    from svd_xtend.shapes import make_clip, measure
+
+    pipe = load_svd(str(folder), torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+    if lora:
+        load_lora(pipe.unet, lora)
+    pipe.set_progress_bar_config(disable=True)
+    rows, seconds, sheets = {"static copy": [], "VAE": [], "model": []}, [], []
+    for i in tqdm(range(count), desc=f"held-out {domain}"):
+        clip = make_clip((HELD_OUT_SEED, i), domain, NUM_FRAMES, WIDTH, HEIGHT)
+        rows["static copy"].append(measure(np.repeat(clip.frames[:1], NUM_FRAMES, 0), clip))
+        with torch.no_grad():
+            latents = pipe.vae.encode(clips_to_pixels([clip])[0].to(pipe.device)).latent_dist.mode()
+            out = pipe.decode_latents(latents[None] * pipe.vae.config.scaling_factor, NUM_FRAMES)
+        out = pipe.video_processor.postprocess_video(out, "np")[0]
+        rows["VAE"].append(measure((out * 255).round().astype(np.uint8), clip))
+        began = time.perf_counter()
+        frames = pipe(
+            Image.fromarray(clip.frames[0]), HEIGHT, WIDTH, NUM_FRAMES, num_inference_steps=10, fps=7,
+            motion_bucket_id=clip.motion_bucket_id, generator=torch.Generator().manual_seed(i),
+        ).frames[0]  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+        rows["model"].append(measure(np.stack([np.asarray(frame) for frame in frames]), clip))
+        if i < 6:
+            truth = [Image.fromarray(frame) for frame in clip.frames]
+            sheets += [
+                video.titled(video.contact_sheet(truth), "truth"),
+                video.titled(video.contact_sheet(frames), "model"),
+            ]
+    if picture:
+        video.stack(sheets, vertical=True).save(picture)
+    figures = {name: {key: float(np.nanmean([r[key] for r in row])) for key in row[0]} for name, row in rows.items()}
+    figures["model"]["seconds_per_clip"] = float(np.mean(seconds))
+    return figures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", help="train: everything goes here, the result into its tiny_svd/")
+    parser.add_argument("--vae_steps", type=int, default=1100)
+    parser.add_argument("--unet_steps", type=int, default=2400)
+    parser.add_argument("--evaluate", metavar="FOLDER", help="measure this SVD on held-out clips instead")
+    parser.add_argument("--lora", help="with these adapters")
+    parser.add_argument("--domain", default="pointed", help="clips to measure on: pointed, fall")
+    parser.add_argument("--clips", type=int, default=64, help="how many")
+    parser.add_argument("--picture", help="PNG of the first six, truth above model")
+    args = parser.parse_args()
+    if args.evaluate:
+        print(json.dumps(evaluate(args.evaluate, args.picture, args.domain, args.clips, args.lora), indent=1))
+    elif args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        vae = train_vae(args.output_dir, args.vae_steps)
+        print("VAE, held-out PSNR in dB:", {d: round(vae_psnr(vae, d), 2) for d in ("shapes", "pointed", "fall")})
+        pipe = train_unet(args.output_dir, vae, args.unet_steps)
+        save_pipeline(pipe, Path(args.output_dir, "tiny_svd"))
+    else:
+        parser.error("pass --output_dir to train, or --evaluate")

@@ -1,0 +1,141 @@
+"""Reading frames and pictures, writing clips: mp4, gif, contact sheet. A clip is a list of PIL images of one size."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
+GAP = 4  # pixels between the pictures of a sheet
+
+
+def natural_key(path):
+    """Sorts frame_2 before frame_10."""
+    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", Path(path).name)]
+
+
+def list_frames(folder):
+    """The frames of a video folder in natural order."""
+    frames = [p for p in Path(folder).iterdir() if p.suffix.lower() in FRAME_SUFFIXES and not p.name.startswith(".")]
+    return sorted(frames, key=natural_key)
+
+
+def load_image(path, width=None, height=None, resize_mode="crop"):
+    """Any picture that Pillow reads -> RGB, upright by its EXIF tag, resized to (width, height) where they are given.
+
+    resize_mode: `crop` covers the target and crops the centre; `stretch` ignores the aspect ratio.
+    """
+    with Image.open(path) as image:
+        if width:
+            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
+            image.draft("RGB", (height, width) if turned else (width, height))  # JPEG: decode at the next larger 1/2^n
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bit: convert() would clip, not scale
+            wide = np.asarray(image, np.float64)
+            image = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+    if not width or image.size == (width, height):
+        return image
+    if resize_mode == "stretch":
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def load_validation_image(path, width, height, resize_mode="crop"):
+    """`load_image` for a picture that the user named by flag."""
+    try:
+        return load_image(path, width, height, resize_mode)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--validation_image {path}: cannot be read as a picture ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------- write
+
+
+def write_mp4(path, frames, fps):
+    """H.264, playable everywhere: 4:2:0, sides padded to even numbers."""
+    import av
+
+    width, height = (side + side % 2 for side in frames[0].size)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=round(fps), options={"crf": "16"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            frame = ImageOps.pad(frame, (width, height)) if frame.size != (width, height) else frame
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def write_gif(path, frames, fps):
+    """One palette for the whole clip: colours do not flicker. GIF counts hundredths of a second: 7 fps plays at 7.14."""
+    palette = stack(frames[:: max(1, len(frames) // 8)], vertical=True).quantize(255, dither=Image.Dither.NONE)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, loop=0)
+
+
+def stack(images, vertical=False, gap=0):
+    """Pictures side by side, or one below the other, on white."""
+    x = [0] + list(np.cumsum([image.width + gap for image in images]))
+    y = [0] + list(np.cumsum([image.height + gap for image in images]))
+    wide, high = max(image.width for image in images), max(image.height for image in images)
+    size = (wide, int(y[-1]) - gap) if vertical else (int(x[-1]) - gap, high)
+    canvas = Image.new("RGB", size, "white")
+    for i, image in enumerate(images):
+        canvas.paste(image, (0, int(y[i])) if vertical else (int(x[i]), 0))
+    return canvas
+
+
+def contact_sheet(frames, columns=8):
+    """All frames of a clip in one picture, row by row; pictures under 160 pixels wide are shown larger."""
+    rows = [frames[i : i + columns] for i in range(0, len(frames), columns)]
+    return stack([stack([enlarge(f) for f in row], gap=GAP) for row in rows], vertical=True, gap=GAP)
+
+
+def enlarge(image, least=160):
+    """Whole-number magnification to at least `least` pixels of width."""
+    k = -(-least // image.width)
+    return image.resize((image.width * k, image.height * k), Image.Resampling.NEAREST) if k > 1 else image
+
+
+def titled(image, text):
+    """The picture under a line of text."""
+    canvas = Image.new("RGB", (image.width, image.height + 22), "white")
+    canvas.paste(image, (0, 22))
+    ImageDraw.Draw(canvas).text((4, 2), text, fill="black", font=ImageFont.load_default(15))
+    return canvas
+
+
+def write_clip(stem, frames, fps):
+    """`stem`.mp4, `stem`.gif and `stem`.png, the contact sheet."""
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    shown = [enlarge(frame) for frame in frames]
+    write_mp4(f"{stem}.mp4", shown, fps)
+    write_gif(f"{stem}.gif", shown, fps)
+    contact_sheet(frames).save(f"{stem}.png")
+
+
+def read_clip(path):
+    """The frames of a video file as PIL images."""
+    import av
+
+    with av.open(str(path)) as container:
+        return [frame.to_image() for frame in container.decode(video=0)]
+
+
+def write_comparison(folder, clips, fps):
+    """`folder`/comparison.gif and .png: one row a validation image, init image | before | after.
+
+    clips: [(init image, frames before, frames after)]. The gif moves; the png shows every frame, before above after.
+    """
+    titles, moving, still = ("init image", "before", "after"), [], []
+    for f in range(len(clips[0][1])):
+        rows = [
+            [titled(enlarge(image, 256), t) for image, t in zip((init, old[f], new[f]), titles)]
+            for init, old, new in clips
+        ]
+        moving.append(stack([stack(row, gap=GAP) for row in rows], vertical=True, gap=GAP))
+    for _, old, new in clips:
+        still += [titled(contact_sheet(old, len(old)), "before"), titled(contact_sheet(new, len(new)), "after")]
+    write_gif(Path(folder, "comparison.gif"), moving, fps)
+    stack(still, vertical=True, gap=GAP).save(Path(folder, "comparison.png"))

@@ -1,0 +1,625 @@
+"""Fine-tune Stable Video Diffusion on a folder of videos, as frames.
+
+    accelerate launch train_svd.py --pretrained_model_name_or_path=/path/to/weight --per_gpu_batch_size=1 \\
+        --gradient_accumulation_steps=1 --max_train_steps=50000 --width=512 --height=320 --checkpointing_steps=1000 \\
+        --checkpoints_total_limit=1 --learning_rate=1e-5 --lr_warmup_steps=0 --seed=123 --mixed_precision="fp16" \\
+        --validation_steps=200
+
+    accelerate launch train_svd.py --max_train_steps=20       # no GPU, no weights: the embedded SVD
+
+Way of a frame to the loss: DummyDataset -> encode_video -> condition -> drop_conditioning -> svd_loss -> train.
+A killed run goes on when the same command is given again. Next: train_svd_lora.py, the same loop with adapters.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange, repeat
+
+from svd_xtend import checkpoints, runs, video
+from svd_xtend.shapes import ensure_demo
+from svd_xtend.tiny import TINY_SVD, fast_bf16
+
+base_folder = "data/demo"  # <- your folder of video folders of frames; data/demo is drawn at first use
+
+logger = logging.getLogger("svd_xtend")
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class DummyDataset:
+    """Clips of consecutive frames from a folder of video folders.
+
+        base_folder/
+            video_name1/  frame_1.jpg  frame_2.jpg  ...  [clip.json: {"fps": 7, "motion_bucket_id": 127}]
+            video_name2/  ...
+
+    Item `index`, a global sample index without end: each pass over the folder is a fresh permutation keyed by
+    (seed, pass), the window in the video is keyed by (seed, index). Holds `pixel_values` (f, 3, h, w) uint8, `fps` and
+    `motion_bucket_id` (the video's own where it has a clip.json), `index`, and `failed`: how many unreadable clips
+    others stood in for.
+    """
+
+    def __init__(self, base_folder, width, height, sample_frames, fps, motion_bucket_id, resize_mode="crop", seed=0):
+        self.size, self.sample_frames, self.resize_mode, self.seed = (width, height), sample_frames, resize_mode, seed
+        root = Path(base_folder)
+        if not root.is_dir():
+            raise ValueError(f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg")
+        self.clips, skipped = [], []
+        for folder in sorted(root.iterdir(), key=video.natural_key):
+            frames = video.list_frames(folder) if folder.is_dir() else []
+            if len(frames) >= sample_frames:
+                self.clips.append((frames, self.read_clip_json(folder, fps, motion_bucket_id)))
+            elif not folder.name.startswith("."):
+                skipped.append(f"{folder.name} ({f'{len(frames)} frames' if folder.is_dir() else 'a file'})")
+        if skipped:
+            names = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
+            logger.warning("--base_folder %s: skipped %d entries without %d frames: %s", root, len(skipped), sample_frames, names)  # fmt: skip
+        if not self.clips:
+            raise ValueError(
+                f"--base_folder {root}: no video folder holds {sample_frames} frames. Expected "
+                f"{root}/<video>/<frame>.jpg; lower --num_frames or extract more frames."
+            )
+
+    @staticmethod
+    def read_clip_json(folder, fps, motion_bucket_id):
+        told, file = {"fps": fps, "motion_bucket_id": motion_bucket_id}, folder / "clip.json"
+        if file.exists():
+            try:
+                own = json.loads(file.read_text())
+                told = {key: float(own.get(key, value)) for key, value in told.items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f'{file}: expected {{"fps": 7, "motion_bucket_id": 127}}, got: {error}') from error
+        return told
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        for failed in range(len(self.clips)):
+            epoch, place = divmod(index + failed, len(self.clips))
+            frames, told = self.clips[np.random.default_rng((self.seed, epoch)).permutation(len(self.clips))[place]]
+            start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
+            try:
+                pixels = [self.read(frame) for frame in frames[start : start + self.sample_frames]]
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
+                logger.warning("%s; another clip takes its place", error)
+                continue
+            pixel_values = rearrange(np.stack(pixels), "f h w c -> f c h w")
+            return {"pixel_values": pixel_values, "index": index, "failed": failed, **told}
+        raise ValueError("--base_folder: not one clip can be read; the warnings above name the files")
+
+    def read(self, frame):
+        try:
+            return np.asarray(video.load_image(frame, *self.size, self.resize_mode))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{frame}: cannot be read ({error})") from error
+
+
+class SampleIndices:
+    """Batches of global sample indices of one process, from sample `start` on, without end.
+
+    N processes with batch b see in a step what one process with batch N b would: ((micro-step N) + rank) b + i.
+    """
+
+    def __init__(self, start, batch_size, rank=0, world_size=1):
+        self.start, self.batch_size, self.rank, self.world_size = start, batch_size, rank, world_size
+
+    def __iter__(self):
+        first = self.start + self.rank * self.batch_size
+        while True:
+            yield list(range(first, first + self.batch_size))
+            first += self.world_size * self.batch_size
+
+
+# ----------------------------------------------------------------------------------------------------------------- EDM
+
+
+def scalings(sigma):
+    """(c_skip, c_out, c_in, c_noise) of D(x) = c_skip x + c_out F(c_in x; c_noise), Karras et al. 2022, Eq. 7.
+
+    SVD predicts v, so sigma_data = 1 and c_out is negative (SVD paper, App. D.2).
+    """
+    c_skip = 1 / (sigma**2 + 1)
+    c_out = -sigma / (sigma**2 + 1) ** 0.5
+    c_in = 1 / (sigma**2 + 1) ** 0.5
+    c_noise = 0.25 * sigma.log()
+    return c_skip, c_out, c_in, c_noise
+
+
+def loss_weight(sigma):
+    """lambda(sigma) of |D - x|^2 (Karras et al. 2022, Table 1, sigma_data = 1). It is 1 / c_out^2, so that the
+    loss is a plain mean square on what the network predicts. Edit this line to weight noise levels differently."""
+    return (sigma**2 + 1) / sigma**2
+
+
+def default_P(width, height):
+    """(P_mean, P_std) of log sigma by size: SVD paper, App. D.2 (image-to-video, base and high resolution)."""
+    return (0.7, 1.6) if width * height <= 576 * 320 else (1.0, 1.6)
+
+
+class SampleNoise:
+    """Random draws of a batch, each sample's from a generator of its own keyed by (seed, global sample index)."""
+
+    def __init__(self, seed, indices, device):
+        import torch
+
+        keys = [int(np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0]) for i in indices]
+        self.generators, self.device = [torch.Generator(device).manual_seed(key) for key in keys], device
+
+    def normal(self, *shape):
+        """(b, *shape) from N(0, 1), float32."""
+        import torch
+
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+
+    def uniform(self):
+        """(b,) from U[0, 1)."""
+        import torch
+
+        return torch.stack([torch.rand((), generator=g, device=self.device) for g in self.generators])
+
+
+# -------------------------------------------------------------------------------------------------------- conditioning
+
+
+def encode_video(vae, pixel_values, noise, chunk=1):
+    """(b, f, 3, h, w) in [-1, 1] -> latents (b, f, 4, h/8, w/8) in float32, scaled to about unit variance.
+
+    Samples the posterior. Frames are encoded `chunk` at a time: the same result, 25 times less memory.
+    """
+    import torch
+
+    b = len(pixel_values)
+    with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+        frames = rearrange(pixel_values, "b f c h w -> (b f) c h w").to(vae.dtype)
+        parts = [vae.encode(part).latent_dist for part in frames.split(chunk)]
+    mean, std = (torch.cat([getattr(p, name) for p in parts]).float() for name in ("mean", "std"))
+    mean, std = (rearrange(x, "(b f) c h w -> b f c h w", b=b) for x in (mean, std))
+    return (mean + std * noise.normal(*mean.shape[1:])) * vae.config.scaling_factor
+
+
+def embed_image(pipe, first_frame):
+    """CLIP embedding (b, 1, d) of clean frames (b, 3, h, w) in [-1, 1], resized as the pipeline does."""
+    import torch
+    from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as stock
+
+    # private, but the sampler's own: any other resize would train on embeddings that inference never shows
+    pixels = (stock._resize_with_antialiasing(first_frame.float(), (224, 224)) + 1) / 2
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1)
+        for values in (pipe.feature_extractor.image_mean, pipe.feature_extractor.image_std)
+    )
+    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        return pipe.image_encoder(((pixels - mean) / std).to(pipe.image_encoder.dtype)).image_embeds[:, None]
+
+
+def condition(pipe, first_frame, fps, motion_bucket_id, noise):
+    """What SVD is told: image_embeds (b, 1, d), image_latents (b, 4, h/8, w/8), added_time_ids (b, 3).
+
+    CLIP sees the clean frame; the VAE a frame with noise of log sigma ~ N(-3, 0.5^2), by its mean and *unscaled*
+    (SVD paper, App. D.4); the ids are (fps - 1, motion_bucket_id, noise_aug_strength) of each sample.
+    """
+    import torch
+
+    noise_aug_strength = (noise.normal() * 0.5 - 3).exp()
+    noised = first_frame + noise_aug_strength[:, None, None, None] * noise.normal(*first_frame.shape[1:])
+    with torch.no_grad(), torch.autocast(noised.device.type, enabled=False):
+        parts = [pipe.vae.encode(frame).latent_dist.mode() for frame in noised.to(pipe.vae.dtype).split(1)]
+    added_time_ids = torch.stack([fps.float() - 1, motion_bucket_id.float(), noise_aug_strength], dim=1)
+    return embed_image(pipe, first_frame), torch.cat(parts).float(), added_time_ids
+
+
+def drop_conditioning(image_embeds, image_latents, u, p_clip, p_latents, p_both):
+    """Zero conditions for classifier-free guidance, by u (b,) in [0, 1):
+
+    u in    [0, p_clip)   ... + p_latents)   ... + p_both)   beyond
+    drops   embedding     latents            both            nothing
+    """
+    clip = (u < p_clip) | ((u >= p_clip + p_latents) & (u < p_clip + p_latents + p_both))
+    latents = (u >= p_clip) & (u < p_clip + p_latents + p_both)
+    return image_embeds * ~clip[:, None, None], image_latents * ~latents[:, None, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def svd_loss(model, pipe, batch, args):
+    """EDM loss of each clip (b,). batch: pixel_values (b, f, 3, h, w) in [-1, 1], fps (b,), motion_bucket_id (b,),
+    index (b,), and optionally `cond`, keyword arguments of the model."""
+    import torch
+
+    pixel_values = batch["pixel_values"]
+    noise = SampleNoise(args.seed, batch["index"], pixel_values.device)
+    latents = encode_video(pipe.vae, pixel_values, noise, args.vae_encode_chunk)
+    image_embeds, image_latents, added_time_ids = condition(
+        pipe, pixel_values[:, 0], batch["fps"], batch["motion_bucket_id"], noise
+    )
+    image_embeds, image_latents = drop_conditioning(
+        image_embeds, image_latents, noise.uniform(), *args.conditioning_dropout_prob
+    )
+    image_latents = repeat(image_latents, "b c h w -> b f c h w", f=latents.shape[1])
+
+    sigma = (noise.normal() * args.P_std + args.P_mean).exp()[:, None, None, None, None]
+    _, c_out, c_in, c_noise = scalings(sigma)
+    eps = noise.normal(*latents.shape[1:])
+    inputs = torch.cat([c_in * (latents + sigma * eps), image_latents], dim=2)
+    F_x = model(inputs, c_noise.flatten(), image_embeds, added_time_ids, **batch.get("cond", {})).sample.float()
+    # lambda |c_skip x + c_out F - y|^2 with c_out^2 in front: the bracket is then F - v, free of cancellation
+    v = c_in * (eps - sigma * latents)
+    return (loss_weight(sigma) * c_out**2 * (F_x - v) ** 2).mean((1, 2, 3, 4))
+
+
+# ------------------------------------------------------------------------------------------------- validate and export
+
+
+def validate(pipe, unet, step, args):
+    """Render each --validation_image with fixed seeds into <output_dir>/validation; returns [(name, image, frames)]."""
+    import torch
+
+    clips = []
+    for path in args.validation_image:
+        image = video.load_validation_image(path, args.width, args.height, args.resize_mode)
+        frames = pipe(
+            image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=args.fps,
+            motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
+            decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.validation_seed),
+        ).frames[0]  # fmt: skip
+        name = "_".join(Path(path).with_suffix("").parts[-2:])
+        video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, args.fps)
+        clips.append((name, image, frames))
+    return clips
+
+
+def export(pipe, unet, args):
+    """Write the trained SVD as a folder that StableVideoDiffusionPipeline.from_pretrained loads: the weights as they
+    were loaded, not as rounded for training, with the trained parameters over them."""
+    import torch
+
+    full = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
+    for name, p in checkpoints.trainable_parameters(unet).items():
+        full.unet.get_parameter(name).data.copy_(p)
+    full.save_pretrained(args.output_dir)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def start(args):
+    """Check precision and resume point, settle seed and noise distribution, write args.json.
+
+    Returns (accelerator, checkpoint folder or None).
+    """
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import broadcast_object_list
+
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    can = "bf16" if fast_bf16() else "no"
+    if (precision == "fp16" and not torch.cuda.is_available()) or (precision == "bf16" and can == "no"):
+        raise ValueError(f"--mixed_precision {precision}: not on this machine. Pass --mixed_precision {can}")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=Path(args.output_dir, "logs"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one validates
+    )
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    checkpoint = checkpoints.pick_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint:
+        seed = checkpoints.read_progress(checkpoint)["seed"]
+        if args.seed not in (None, seed):
+            raise ValueError(f"--seed {args.seed}: {checkpoint} was trained with seed {seed}; pass that, or none")
+        args.seed = seed
+    if args.seed is None:  # the same one on every process
+        args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    for name, value in zip(("P_mean", "P_std"), default_P(args.width, args.height)):
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    logger.info("seed %d, log sigma ~ N(%g, %g^2), precision %s, %s, %d process(es)", args.seed, args.P_mean,
+                args.P_std, accelerator.mixed_precision, accelerator.device, accelerator.num_processes)  # fmt: skip
+    told = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
+    if args.report_to != "none":
+        accelerator.init_trackers("svd_xtend", {k: v for k, v in told.items() if isinstance(v, (int, float, str))})
+    return accelerator, checkpoint
+
+
+def select_parameters(unet, args):
+    """Mark what trains: parameters whose names contain one of --train_params, by default all of the UNet."""
+    for name, p in unet.named_parameters():
+        p.requires_grad_(not args.train_params or any(part in name for part in args.train_params))
+    if not checkpoints.trainable_parameters(unet):
+        raise ValueError(
+            f"--train_params {' '.join(args.train_params)}: in no parameter's name. Try temporal_transformer_blocks, "
+            "attn1, conv_in, or none of it to train all."
+        )
+    return unet
+
+
+def make_optimizer(parameters, args):
+    """AdamW, torch's or bitsandbytes' with 8-bit state."""
+    import torch
+
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as optimizer_class
+        except ImportError as error:
+            raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes") from error
+    return optimizer_class(
+        parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
+    )  # fmt: skip
+
+
+def to_device(batch, device):
+    """Move a batch, tensors in nested dicts too, and bring frames from uint8 to [-1, 1]."""
+    from accelerate.utils import send_to_device
+
+    batch = send_to_device(batch, device, non_blocking=True)
+    return {**batch, "pixel_values": batch["pixel_values"].float() / 127.5 - 1}
+
+
+def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
+    """The loop of every trainer. dataset, prepare_unet, export, validate and loss are what a kind of training brings:
+    see the last lines of each script."""
+    import torch
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+    from tqdm import tqdm
+
+    accelerator, checkpoint = start(args)
+    device, world = accelerator.device, accelerator.num_processes
+    with accelerator.main_process_first():
+        ensure_demo(args.base_folder)
+
+    # models: frozen ones in half precision, trained parameters in float32
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, half, args.revision, args.pretrain_unet)
+    if half == torch.float16 and pipe.vae.config.force_upcast:
+        pipe.vae.float()  # as the pipeline does: SVD's VAE is not made for fp16
+    pipe.to(device)
+    for module in (pipe.vae, pipe.image_encoder, pipe.unet):
+        module.requires_grad_(False)
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    unet = prepare_unet(pipe.unet, args).to(device)
+    trained = list(checkpoints.trainable_parameters(unet).values())
+    for p in trained:
+        p.data = p.data.float()
+    sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
+    logger.info("training %.2f M of %.2f M parameters", *sizes)
+
+    # data
+    args.num_frames = args.num_frames or pipe.unet.config.num_frames
+    data = dataset(
+        args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
+        args.seed,
+    )  # fmt: skip
+    batch_samples = args.per_gpu_batch_size * world
+    step_samples = batch_samples * args.gradient_accumulation_steps
+    args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
+    if args.validation_steps and not args.validation_image:
+        args.validation_image = [str(data.clips[0][0][0])]
+
+    # optimizer
+    if args.scale_lr:
+        args.learning_rate *= step_samples
+    optimizer = make_optimizer(trained, args)
+    schedule = get_scheduler(
+        args.lr_scheduler.replace("constant", "constant_with_warmup"), optimizer,
+        num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
+    )  # fmt: skip
+    ema = EMAModel(trained, decay=0.9999) if args.use_ema else None
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(*filter(None, [schedule, ema]))
+    checkpoints.add_hooks(accelerator, ema)
+
+    def look(step):
+        clips = []
+        if accelerator.is_main_process:
+            with torch.no_grad(), accelerator.autocast(), runs.averaged(ema, trained):
+                clips = validate(pipe, unet, step, args)
+            runs.log_videos(accelerator, args.output_dir, step, [name for name, *_ in clips])
+        accelerator.wait_for_everyone()
+        return clips
+
+    # before: rendered ahead of loading a checkpoint, so that a resumed run compares with the same base
+    before = look(0) if args.validation_steps else []
+    progress = {"step": 0, "samples": 0, "seed": args.seed}
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        progress = checkpoints.read_progress(checkpoint)
+        logger.info("resumed from %s", checkpoint)
+    if ema:
+        ema.to(device)
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=SampleIndices(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
+        num_workers=args.num_workers, pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
+    )  # fmt: skip
+    batches, failed, saved = iter(loader), 0, progress["step"]
+    metrics = runs.Metrics(args.output_dir, progress["step"]) if accelerator.is_main_process else None
+    bar = tqdm(initial=progress["step"], total=args.max_train_steps, disable=not accelerator.is_main_process)
+
+    with runs.Signals() as signals:
+        for step in range(progress["step"] + 1, args.max_train_steps + 1):
+            began, sums = time.perf_counter(), torch.zeros(3, device=device)
+            for _ in range(args.gradient_accumulation_steps):
+                batch = to_device(next(batches), device)
+                with accelerator.accumulate(model):
+                    value = loss(model, pipe, batch, args).mean()
+                    accelerator.backward(value)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                sums[0] += value.detach() / args.gradient_accumulation_steps / world
+                sums[1] += batch["failed"].sum()
+            if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
+                schedule.step()
+                if ema:
+                    ema.step(trained)
+            sums[2] = signals.caught
+            mean_loss, new_failed, stop = accelerator.reduce(sums).tolist()
+
+            progress = {"step": step, "samples": progress["samples"] + step_samples, "seed": args.seed}
+            failed += new_failed
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f"step {step}: the loss is {mean_loss} at learning rate {schedule.get_last_lr()[0]:g}. Lower "
+                    f"--learning_rate, raise --lr_warmup_steps, or pass --mixed_precision bf16 or no. The checkpoint of "
+                    f"step {saved} is whole; the same command resumes there."
+                )
+            if failed > max(2, 0.01 * (step - bar.initial) * step_samples):
+                raise ValueError(
+                    f"--base_folder: {failed:.0f} clips, over 1 %, cannot be read; the warnings above name them"
+                )
+            if accelerator.is_main_process:
+                seconds = time.perf_counter() - began
+                row = metrics.write(step, mean_loss, schedule.get_last_lr()[0], float(grad_norm), seconds)
+                bar.update()
+                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"}, refresh=False)
+                accelerator.log(row, step=step)
+
+            last = stop or step == args.max_train_steps
+            if last or step % args.checkpointing_steps == 0:
+                checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+                saved = step
+            if stop:
+                logger.warning("stopped at step %d; the same command goes on from there", step)
+                accelerator.end_training()
+                sys.exit(143)
+            if args.validation_steps and step % args.validation_steps == 0 and not last:
+                look(step)
+    bar.close()
+
+    after = look(args.max_train_steps) if args.validation_steps else []
+    if accelerator.is_main_process:
+        if after:
+            rows = [(image, old, new) for (_, image, old), (_, _, new) in zip(before, after)]
+            video.write_comparison(args.output_dir, rows, args.fps)
+        with runs.averaged(ema, trained):
+            export(pipe, unet, args)
+        if args.push_to_hub:
+            runs.push_to_hub(args)
+        logger.info(
+            "done: weights and metrics in %s%s", args.output_dir, "; look at comparison.gif there" * bool(after)
+        )
+    accelerator.end_training()
+
+
+# ----------------------------------------------------------------------------------------------------------------- CLI
+
+
+def build_parser(description=__doc__, **defaults):
+    """The flags that all trainers share, in the order in which the file uses them; `defaults` are a script's own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    g = parser.add_argument_group("model")
+    g.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD; by default the embedded one")
+    g.add_argument("--revision", help="Hub revision of it")
+    g.add_argument("--pretrain_unet", help="folder of another UNet to start from")
+    g.add_argument("--train_params", nargs="+", default=[], help="train only parameters whose names contain one of these; default: all")
+    g.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time; first thing to try when out of memory")
+    g.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured for")
+    g.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products in float32 layers (Ampere and newer)")
+
+    g = parser.add_argument_group("data")
+    g.add_argument("--base_folder", default=base_folder, help="folder of video folders of frames; default: %(default)s")
+    g.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
+    g.add_argument("--height", type=int, default=320, help="pixels, a multiple of 8; lower both when out of memory; default: %(default)s")
+    g.add_argument("--num_frames", type=int, help="frames of a clip; default: the model's (14, or 25 for XT)")
+    g.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="cover and crop the centre, or ignore the aspect ratio")
+    g.add_argument("--num_workers", type=int, default=2, help="loader processes on each GPU; 0: load in the training process")
+
+    g = parser.add_argument_group("objective")
+    g.add_argument("--P_mean", type=float, help="mean of log sigma; default: 0.7 up to 576x320, 1.0 above")
+    g.add_argument("--P_std", type=float, help="std of log sigma; default: 1.6")
+    g.add_argument("--conditioning_dropout_prob", type=float, nargs="+", default=[0.0, 0.0, 0.1], metavar="P", help="probability of dropping CLIP only, image latents only, both (three numbers), or one number for each of the three; default: 0 0 0.1")
+    g.add_argument("--vae_encode_chunk", type=int, default=1, help="frames that the VAE encodes at once; 1 needs least memory, the result is the same")
+
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--per_gpu_batch_size", type=int, default=1, help="clips on each GPU; default: %(default)s")
+    g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches of a step; default: %(default)s")
+    g.add_argument("--max_train_steps", type=int, help="optimizer steps; default: from --num_train_epochs")
+    g.add_argument("--num_train_epochs", type=int, default=100, help="passes over the folder, where --max_train_steps is not given")
+    g.add_argument("--learning_rate", type=float, default=1e-5, help="default: %(default)s")
+    g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the clips of a step")
+    g.add_argument("--lr_scheduler", default="constant", choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="after the warm-up; default: %(default)s")
+    g.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps; default: %(default)s")
+    g.add_argument("--use_8bit_adam", action="store_true", help="optimizer state in 8 bit (bitsandbytes)")
+    g.add_argument("--adam_beta1", type=float, default=0.9)
+    g.add_argument("--adam_beta2", type=float, default=0.999)
+    g.add_argument("--adam_weight_decay", type=float, default=1e-2)
+    g.add_argument("--adam_epsilon", type=float, default=1e-8)
+    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip gradients to this norm; 0: do not")
+    g.add_argument("--use_ema", action="store_true", help="keep a moving average of what trains; it is what is rendered and exported")
+    g.add_argument("--seed", type=int, help="default: one is drawn, printed and kept")
+
+    g = parser.add_argument_group("validation")
+    g.add_argument("--validation_steps", type=int, default=500, help="render every so many steps, before and after; 0: never")
+    g.add_argument("--validation_image", nargs="+", default=[], metavar="IMAGE", help="pictures to animate; default: the first frame of the first video")
+    g.add_argument("--fps", type=float, default=7, help="frames a second of clips without clip.json, and of validation")
+    g.add_argument("--motion_bucket_id", type=float, default=127, help="0 to 255, more moves more; likewise")
+    g.add_argument("--noise_aug_strength", type=float, default=0.0, help="noise on the validation image")
+    g.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps")
+    g.add_argument("--decode_chunk_size", type=int, default=8, help="frames decoded at once; lower when validation runs out of memory")
+    g.add_argument("--validation_seed", type=int, default=111)
+
+    g = parser.add_argument_group("output")
+    g.add_argument("--output_dir", default="outputs/svd", help="default: %(default)s")
+    g.add_argument("--checkpointing_steps", type=int, default=500, help="default: %(default)s")
+    g.add_argument("--checkpoints_total_limit", type=int, help="keep only so many; default: all")
+    g.add_argument("--resume_from_checkpoint", default="latest", metavar="WHICH", help="latest (default; starts anew where there is none), none, or a checkpoint folder")
+    g.add_argument("--report_to", choices=["wandb", "tensorboard", "none"], default="none", help="tracker, beside metrics.jsonl")
+    g.add_argument("--push_to_hub", action="store_true", help="upload the result, without checkpoints")
+    g.add_argument("--hub_model_id", help="default: the name of --output_dir")
+    g.add_argument("--hub_token", help="default: the one of `hf auth login`")
+    # fmt: on
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse(parser, argv=None):
+    """Parse and check what can be checked before anything is loaded."""
+    args = parser.parse_args(argv)
+    for flag in ("width", "height"):
+        if getattr(args, flag) % 8 or getattr(args, flag) <= 0:
+            parser.error(
+                f"--{flag} {getattr(args, flag)}: must be a multiple of 8; try {round(getattr(args, flag) / 8) * 8 or 8}"
+            )
+    for flag in ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    p = args.conditioning_dropout_prob
+    args.conditioning_dropout_prob = p = p * 3 if len(p) == 1 else p
+    if len(p) != 3 or min(p) < 0 or sum(p) > 1:
+        parser.error(
+            f"--conditioning_dropout_prob {' '.join(map(str, p))}: one number up to 1/3, or three whose sum is at most 1"
+        )
+    for path in args.validation_image:
+        if not Path(path).is_file():
+            parser.error(f"--validation_image {path}: no such file")
+    return args
+
+
+if __name__ == "__main__":
+    train(
+        parse(build_parser()), dataset=DummyDataset, prepare_unet=select_parameters, export=export, validate=validate
+    )
