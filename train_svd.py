@@ -12,10 +12,10 @@ A killed run goes on when the same command is given again. Next: train_svd_lora.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
-import os
 import random
 import sys
 import time
@@ -26,7 +26,7 @@ from einops import rearrange, repeat
 
 from svd_xtend import checkpoints, runs, video
 from svd_xtend.shapes import ensure_demo
-from svd_xtend.tiny import TINY_SVD, fast_bf16
+from svd_xtend.tiny import TINY_SVD
 
 base_folder = "data/demo"  # <- your folder of video folders of frames; data/demo is drawn at first use
 
@@ -91,7 +91,7 @@ class DummyDataset:
             start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
             try:
                 pixels = [self.read(frame) for frame in frames[start : start + self.sample_frames]]
-            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
+            except ValueError as error:
                 logger.warning("%s; another clip takes its place", error)
                 continue
             pixel_values = rearrange(np.stack(pixels), "f h w c -> f c h w")
@@ -101,7 +101,7 @@ class DummyDataset:
     def read(self, frame):
         try:
             return np.asarray(video.load_image(frame, *self.size, self.resize_mode))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
             raise ValueError(f"{frame}: cannot be read ({error})") from error
 
 
@@ -115,10 +115,8 @@ class SampleIndices:
         self.start, self.batch_size, self.rank, self.world_size = start, batch_size, rank, world_size
 
     def __iter__(self):
-        first = self.start + self.rank * self.batch_size
-        while True:
-            yield list(range(first, first + self.batch_size))
-            first += self.world_size * self.batch_size
+        for batch in itertools.count(self.rank, self.world_size):
+            yield [self.start + batch * self.batch_size + i for i in range(self.batch_size)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- EDM
@@ -175,8 +173,7 @@ class SampleNoise:
 def encode_video(vae, pixel_values, noise, chunk=1):
     """(b, f, 3, h, w) in [-1, 1] -> latents (b, f, 4, h/8, w/8) in float32, scaled to about unit variance.
 
-    Samples the posterior. Frames are encoded `chunk` at a time: the same result, 25 times less memory.
-    """
+    Samples the posterior. Frames are encoded `chunk` at a time: the same result, 25 times less memory."""
     import torch
 
     b = len(pixel_values)
@@ -266,6 +263,9 @@ def validate(pipe, unet, step, args):
     """Render each --validation_image with fixed seeds into <output_dir>/validation; returns [(name, image, frames)]."""
     import torch
 
+    def as_decoder(pipe, i, t, tensors):  # the trained UNet answers in float32, the frozen decoder may be in half
+        return {"latents": tensors["latents"].to(pipe.vae.dtype)}
+
     clips = []
     for path in args.validation_image:
         image = video.load_validation_image(path, args.width, args.height, args.resize_mode)
@@ -273,6 +273,7 @@ def validate(pipe, unet, step, args):
             image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=args.fps,
             motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
             decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.validation_seed),
+            callback_on_step_end=as_decoder,
         ).frames[0]  # fmt: skip
         name = "_".join(Path(path).with_suffix("").parts[-2:])
         video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, args.fps)
@@ -295,30 +296,24 @@ def export(pipe, unet, args):
 
 
 def start(args):
-    """Check precision and resume point, settle seed and noise distribution, write args.json.
-
-    Returns (accelerator, checkpoint folder or None).
-    """
+    """Check precision and resume point, settle the seed; returns (accelerator, checkpoint folder or None)."""
     from datetime import timedelta
 
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import broadcast_object_list
 
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    can = "bf16" if fast_bf16() else "no"
-    if (precision == "fp16" and not torch.cuda.is_available()) or (precision == "bf16" and can == "no"):
-        raise ValueError(f"--mixed_precision {precision}: not on this machine. Pass --mixed_precision {can}")
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=runs.check_precision(args.mixed_precision),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, "logs"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one validates
     )
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    args.mixed_precision = accelerator.mixed_precision
     checkpoint = checkpoints.pick_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint:
         seed = checkpoints.read_progress(checkpoint)["seed"]
@@ -327,17 +322,22 @@ def start(args):
         args.seed = seed
     if args.seed is None:  # the same one on every process
         args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
-    for name, value in zip(("P_mean", "P_std"), default_P(args.width, args.height)):
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     logger.info("seed %d, log sigma ~ N(%g, %g^2), precision %s, %s, %d process(es)", args.seed, args.P_mean,
                 args.P_std, accelerator.mixed_precision, accelerator.device, accelerator.num_processes)  # fmt: skip
-    told = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
-    if args.report_to != "none":
-        accelerator.init_trackers("svd_xtend", {k: v for k, v in told.items() if isinstance(v, (int, float, str))})
     return accelerator, checkpoint
+
+
+def load_models(args, accelerator):
+    """The SVD pipeline on this process's device, all of it frozen, in half precision where that was asked for."""
+    import torch
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, dtype, args.revision, args.pretrain_unet)
+    if dtype == torch.float16 and pipe.vae.config.force_upcast:
+        pipe.vae.float()  # as the pipeline does: SVD's VAE is not made for fp16
+    for module in (pipe.vae, pipe.image_encoder, pipe.unet):
+        module.requires_grad_(False).to(accelerator.device)
+    return pipe
 
 
 def select_parameters(unet, args):
@@ -386,41 +386,35 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
     accelerator, checkpoint = start(args)
     device, world = accelerator.device, accelerator.num_processes
-    with accelerator.main_process_first():
-        ensure_demo(args.base_folder)
-
-    # models: frozen ones in half precision, trained parameters in float32
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, half, args.revision, args.pretrain_unet)
-    if half == torch.float16 and pipe.vae.config.force_upcast:
-        pipe.vae.float()  # as the pipeline does: SVD's VAE is not made for fp16
-    pipe.to(device)
-    for module in (pipe.vae, pipe.image_encoder, pipe.unet):
-        module.requires_grad_(False)
+    pipe = load_models(args, accelerator)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     unet = prepare_unet(pipe.unet, args).to(device)
     trained = list(checkpoints.trainable_parameters(unet).values())
     for p in trained:
-        p.data = p.data.float()
+        p.data = p.data.float()  # whatever the precision of the rest: half would round small updates away
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
     logger.info("training %.2f M of %.2f M parameters", *sizes)
 
     # data
+    with accelerator.main_process_first():
+        ensure_demo(args.base_folder)
     args.num_frames = args.num_frames or pipe.unet.config.num_frames
     data = dataset(
         args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
         args.seed,
     )  # fmt: skip
-    batch_samples = args.per_gpu_batch_size * world
-    step_samples = batch_samples * args.gradient_accumulation_steps
+    step_samples = args.per_gpu_batch_size * world * args.gradient_accumulation_steps
     args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
     if args.validation_steps and not args.validation_image:
         args.validation_image = [str(data.clips[0][0][0])]
 
-    # optimizer
     if args.scale_lr:
         args.learning_rate *= step_samples
+    if accelerator.is_main_process:
+        runs.record_args(accelerator, args)
+
+    # optimizer
     optimizer = make_optimizer(trained, args)
     schedule = get_scheduler(
         args.lr_scheduler.replace("constant", "constant_with_warmup"), optimizer,
@@ -434,7 +428,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     def look(step):
         clips = []
         if accelerator.is_main_process:
-            with torch.no_grad(), accelerator.autocast(), runs.averaged(ema, trained):
+            with torch.no_grad(), runs.averaged(ema, trained):
                 clips = validate(pipe, unet, step, args)
             runs.log_videos(accelerator, args.output_dir, step, [name for name, *_ in clips])
         accelerator.wait_for_everyone()
@@ -452,13 +446,14 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=SampleIndices(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
         num_workers=args.num_workers, pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
+        worker_init_fn=runs.ignore_signals,
     )  # fmt: skip
-    batches, failed, saved = iter(loader), 0, progress["step"]
-    metrics = runs.Metrics(args.output_dir, progress["step"]) if accelerator.is_main_process else None
-    bar = tqdm(initial=progress["step"], total=args.max_train_steps, disable=not accelerator.is_main_process)
+    batches, failed, first, saved = iter(loader), 0, progress["step"], progress["step"]
+    metrics = runs.Metrics(args.output_dir, first) if accelerator.is_main_process else None
+    bar = tqdm(initial=first, total=args.max_train_steps, disable=not accelerator.is_main_process)
 
     with runs.Signals() as signals:
-        for step in range(progress["step"] + 1, args.max_train_steps + 1):
+        for step in range(first + 1, args.max_train_steps + 1):
             began, sums = time.perf_counter(), torch.zeros(3, device=device)
             for _ in range(args.gradient_accumulation_steps):
                 batch = to_device(next(batches), device)
@@ -480,16 +475,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
             progress = {"step": step, "samples": progress["samples"] + step_samples, "seed": args.seed}
             failed += new_failed
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"step {step}: the loss is {mean_loss} at learning rate {schedule.get_last_lr()[0]:g}. Lower "
-                    f"--learning_rate, raise --lr_warmup_steps, or pass --mixed_precision bf16 or no. The checkpoint of "
-                    f"step {saved} is whole; the same command resumes there."
-                )
-            if failed > max(2, 0.01 * (step - bar.initial) * step_samples):
-                raise ValueError(
-                    f"--base_folder: {failed:.0f} clips, over 1 %, cannot be read; the warnings above name them"
-                )
+            runs.check_step(step, mean_loss, schedule.get_last_lr()[0], saved, failed, (step - first) * step_samples)
             if accelerator.is_main_process:
                 seconds = time.perf_counter() - began
                 row = metrics.write(step, mean_loss, schedule.get_last_lr()[0], float(grad_norm), seconds)
@@ -518,9 +504,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             export(pipe, unet, args)
         if args.push_to_hub:
             runs.push_to_hub(args)
-        logger.info(
-            "done: weights and metrics in %s%s", args.output_dir, "; look at comparison.gif there" * bool(after)
-        )
+        logger.info("done: weights and metrics in %s%s", args.output_dir, "; look at comparison.gif" * bool(after))
     accelerator.end_training()
 
 
@@ -616,6 +600,8 @@ def parse(parser, argv=None):
     for path in args.validation_image:
         if not Path(path).is_file():
             parser.error(f"--validation_image {path}: no such file")
+    for name, value in zip(("P_mean", "P_std"), default_P(args.width, args.height)):
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     return args
 
 

@@ -21,7 +21,8 @@ def export_lora(pipe, unet, args):
     save_lora(unet, args.output_dir)
 
 
-if __name__ == "__main__":
+def script_parser():
+    """The shared flags and LoRA's own."""
     parser = build_parser(__doc__, output_dir="outputs/lora", learning_rate=1e-4)
     # fmt: off
     g = parser.add_argument_group("lora")
@@ -30,4 +31,8 @@ if __name__ == "__main__":
     g.add_argument("--lora_targets", nargs="+", default=["attention"], metavar="TARGET", help=f"any of {', '.join(TARGETS)}, or parts of layers' names; temporal for camera motion; default: attention")
     g.add_argument("--use_dora", action="store_true", help="DoRA: learn a magnitude beside each adapter")
     # fmt: on
-    train(parse(parser), dataset=DummyDataset, prepare_unet=add_lora, export=export_lora, validate=validate)
+    return parser
+
+
+if __name__ == "__main__":
+    train(parse(script_parser()), dataset=DummyDataset, prepare_unet=add_lora, export=export_lora, validate=validate)

@@ -1,8 +1,10 @@
-"""What surrounds a training loop: metrics, moving averages, signals, trackers, the Hub."""
+"""What surrounds a training loop: precision, metrics, moving averages, signals, trackers, the Hub."""
 
 import contextlib
 import json
 import logging
+import math
+import os
 import signal
 from pathlib import Path
 
@@ -10,6 +12,35 @@ import numpy as np
 from PIL import Image
 
 logger = logging.getLogger("svd_xtend")
+
+
+def fast_bf16():
+    """Whether bfloat16 is faster than float32 here: on GPUs that have it, and on CPUs with its instructions."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()  # private, but torch's own answer
+
+
+def check_precision(flag):
+    """The precision of --mixed_precision, else of accelerate's configuration, or an error that names what to pass."""
+    import torch
+
+    precision = flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if (precision == "fp16" and not torch.cuda.is_available()) or (precision == "bf16" and not fast_bf16()):
+        can = "bf16" if fast_bf16() else "fp16" if torch.cuda.is_available() else "no"
+        raise ValueError(f"--mixed_precision {precision}: not on this machine. Pass --mixed_precision {can}")
+    return precision
+
+
+def record_args(accelerator, args):
+    """Write the resolved flags to <output_dir>/args.json and hand them to the tracker. Main process only."""
+    told = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
+    if args.report_to != "none":
+        accelerator.init_trackers("svd_xtend", {k: v for k, v in told.items() if isinstance(v, (int, float, str))})
 
 
 @contextlib.contextmanager
@@ -43,6 +74,19 @@ class Metrics:
         return row
 
 
+def check_step(step, loss, lr, saved, failed, samples):
+    """Stop a run that learns nothing more: a loss that is not finite, more than 1 % of samples unreadable."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"step {step}: the loss is {loss} at learning rate {lr:g}. Lower --learning_rate, raise --lr_warmup_steps, or "
+            f"pass --mixed_precision bf16 or no. The checkpoint of step {saved} is whole; the same command resumes there."
+        )
+    if failed > max(2, 0.01 * samples):
+        raise ValueError(
+            f"--base_folder: {failed:.0f} of {samples} clips cannot be read, over 1 %; warnings above name them"
+        )
+
+
 class Signals:
     """SIGTERM and Ctrl-C end the run after the step in flight; a second Ctrl-C at once."""
 
@@ -61,6 +105,12 @@ class Signals:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def ignore_signals(worker_id):
+    """For loader workers: a Ctrl-C or SIGTERM meant for the run reaches them too, and must not take the batch along."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def log_videos(accelerator, output_dir, step, names):

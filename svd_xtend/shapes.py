@@ -28,6 +28,7 @@ COLORS = np.array([[226, 44, 44], [236, 212, 46], [44, 180, 72], [52, 200, 222],
 POINTED, ROUND = ("triangle", "dart", "drop"), ("disc", "ring")
 BUCKETS = (64, 127, 190)
 FPS = 7
+HELD_OUT_SEED = 7919  # clips that nothing is ever trained on
 DEMO = "data/demo"
 SUPERSAMPLE = 4  # shapes are drawn at this multiple and averaged down: soft edges
 

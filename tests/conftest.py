@@ -1,0 +1,56 @@
+"""Shared: the embedded SVD, a small folder of clips, and training in this process."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
+
+import pytest
+import torch
+
+import train_svd
+import train_svd_lora
+from svd_xtend.checkpoints import load_svd
+from svd_xtend.shapes import write_clips
+from svd_xtend.tiny import TINY_SVD
+
+QUICK = [
+    "--width=64", "--height=48", "--num_workers=0", "--mixed_precision=no", "--validation_steps=0", "--seed=1",
+    "--vae_encode_chunk=8", "--learning_rate=1e-3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A base_folder of 8 falling clips."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder, "fall", 8)
+    return folder
+
+
+@pytest.fixture
+def pipe():
+    """The embedded SVD in float32."""
+    return load_svd(str(TINY_SVD), torch.float32)
+
+
+@pytest.fixture
+def run(clips, tmp_path):
+    """run("--max_train_steps=2", ..., lora=False): train in this process as the script would; returns the folder."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    def go(*flags, lora=False, output_dir=tmp_path / "out", **hooks):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        script = train_svd_lora if lora else train_svd
+        parser = script.script_parser() if lora else train_svd.build_parser()
+        args = train_svd.parse(parser, [*QUICK, f"--base_folder={clips}", f"--output_dir={output_dir}", *flags])
+        own = dict(prepare_unet=script.add_lora, export=script.export_lora) if lora else {}
+        default = dict(
+            dataset=train_svd.DummyDataset, prepare_unet=train_svd.select_parameters, export=train_svd.export,
+            validate=train_svd.validate,
+        )  # fmt: skip
+        train_svd.train(args, **(default | own | hooks))
+        PartialState._reset_state()
+        return output_dir
+
+    yield go
+    AcceleratorState._reset_state(reset_partial_state=True)
