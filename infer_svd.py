@@ -58,7 +58,7 @@ def main(args):
             motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
             decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.seed),
         ).frames[0]  # fmt: skip
-        stem = Path(args.output_dir, "_".join(Path(path).with_suffix("").parts[-2:]).strip("/"))
+        stem = Path(args.output_dir, video.clip_name(path))
         video.write_clip(stem, frames, args.fps)
         print(f"{stem}.mp4 .gif .png")
 

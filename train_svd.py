@@ -12,6 +12,7 @@ A killed run goes on when the same command is given again. Next: train_svd_lora.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import logging
@@ -85,24 +86,20 @@ class DummyDataset:
         return len(self.clips)
 
     def __getitem__(self, index):
-        for failed in range(len(self.clips)):
-            epoch, place = divmod(index + failed, len(self.clips))
-            frames, told = self.clips[np.random.default_rng((self.seed, epoch)).permutation(len(self.clips))[place]]
+        epoch, place = divmod(index, len(self.clips))
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.clips))
+        for failed, clip in enumerate(np.roll(order, -place)):
+            frames, told = self.clips[clip]
             start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
             try:
-                pixels = [self.read(frame) for frame in frames[start : start + self.sample_frames]]
+                window = frames[start : start + self.sample_frames]
+                pixels = np.stack([video.load_image(frame, *self.size, self.resize_mode) for frame in window])
             except ValueError as error:
                 logger.warning("%s; another clip takes its place", error)
                 continue
-            pixel_values = rearrange(np.stack(pixels), "f h w c -> f c h w")
+            pixel_values = rearrange(pixels, "f h w c -> f c h w")
             return {"pixel_values": pixel_values, "index": index, "failed": failed, **told}
         raise ValueError("--base_folder: not one clip can be read; the warnings above name the files")
-
-    def read(self, frame):
-        try:
-            return np.asarray(video.load_image(frame, *self.size, self.resize_mode))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
-            raise ValueError(f"{frame}: cannot be read ({error})") from error
 
 
 class SampleIndices:
@@ -268,14 +265,14 @@ def validate(pipe, unet, step, args):
 
     clips = []
     for path in args.validation_image:
-        image = video.load_validation_image(path, args.width, args.height, args.resize_mode)
+        image = video.load_image(path, args.width, args.height, args.resize_mode)
         frames = pipe(
             image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=args.fps,
             motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
             decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.validation_seed),
             callback_on_step_end=as_decoder,
         ).frames[0]  # fmt: skip
-        name = "_".join(Path(path).with_suffix("").parts[-2:])
+        name = video.clip_name(path)
         video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, args.fps)
         clips.append((name, image, frames))
     return clips
@@ -327,19 +324,6 @@ def start(args):
     return accelerator, checkpoint
 
 
-def load_models(args, accelerator):
-    """The SVD pipeline on this process's device, all of it frozen, in half precision where that was asked for."""
-    import torch
-
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, dtype, args.revision, args.pretrain_unet)
-    if dtype == torch.float16 and pipe.vae.config.force_upcast:
-        pipe.vae.float()  # as the pipeline does: SVD's VAE is not made for fp16
-    for module in (pipe.vae, pipe.image_encoder, pipe.unet):
-        module.requires_grad_(False).to(accelerator.device)
-    return pipe
-
-
 def select_parameters(unet, args):
     """Mark what trains: parameters whose names contain one of --train_params, by default all of the UNet."""
     for name, p in unet.named_parameters():
@@ -358,10 +342,9 @@ def make_optimizer(parameters, args):
 
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit as optimizer_class
-        except ImportError as error:
-            raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes") from error
+        if not importlib.util.find_spec("bitsandbytes"):
+            raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes")
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
     return optimizer_class(
         parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
@@ -386,13 +369,13 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
     accelerator, checkpoint = start(args)
     device, world = accelerator.device, accelerator.num_processes
-    pipe = load_models(args, accelerator)
+    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
+    for module in (pipe.vae, pipe.image_encoder, pipe.unet):
+        module.requires_grad_(False)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    unet = prepare_unet(pipe.unet, args).to(device)
-    trained = list(checkpoints.trainable_parameters(unet).values())
-    for p in trained:
-        p.data = p.data.float()  # whatever the precision of the rest: half would round small updates away
+    unet = prepare_unet(pipe.unet, args)
+    trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device)
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
     logger.info("training %.2f M of %.2f M parameters", *sizes)
 

@@ -75,6 +75,22 @@ def trainable_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def place(pipe, unet, precision, device):
+    """Move all to `device`: trained parameters in float32, whatever the precision; what is frozen in half where
+    `precision` is fp16 or bf16. Returns the trained parameters."""
+    import torch
+
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    for p in unet.parameters():
+        p.data = p.data.to(device, torch.float32 if p.requires_grad else half)
+    for buffer in unet.buffers():
+        buffer.data = buffer.data.to(device)
+    pipe.image_encoder.to(device, half)
+    # the pipeline, too, takes SVD's VAE out of fp16, which it is not made for
+    pipe.vae.to(device, torch.float32 if half == torch.float16 and pipe.vae.config.force_upcast else half)
+    return list(trainable_parameters(unet).values())
+
+
 def load_trained(model, file):
     """Copy parameters by name into `model`; every name in `file` must be there, with its shape. Returns the names."""
     from safetensors.torch import load_file

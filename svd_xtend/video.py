@@ -24,17 +24,17 @@ def list_frames(folder):
 def load_image(path, width=None, height=None, resize_mode="crop"):
     """Any picture that Pillow reads -> RGB, upright by its EXIF tag, resized to (width, height) where they are given.
 
-    resize_mode: `crop` covers the target and crops the centre; `stretch` ignores the aspect ratio.
+    resize_mode: `crop` covers the target and crops the centre; `stretch` ignores the aspect ratio. Raises ValueError
+    with the path in front.
     """
-    with Image.open(path) as image:
-        if width:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-            image.draft("RGB", (height, width) if turned else (width, height))  # JPEG: decode at the next larger 1/2^n
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bit: convert() would clip, not scale
-            wide = np.asarray(image, np.float64)
-            image = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            if width:
+                turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
+                image.draft("RGB", (height, width) if turned else (width, height))  # JPEG: decode at a fitting 1/2^n
+            image = to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
     if not width or image.size == (width, height):
         return image
     if resize_mode == "stretch":
@@ -42,12 +42,17 @@ def load_image(path, width=None, height=None, resize_mode="crop"):
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
-def load_validation_image(path, width, height, resize_mode="crop"):
-    """`load_image` for a picture that the user named by flag."""
-    try:
-        return load_image(path, width, height, resize_mode)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--validation_image {path}: cannot be read as a picture ({error})") from error
+def to_rgb(image):
+    """8-bit RGB; 16-bit and float pictures are scaled where `convert` would clip them."""
+    if image.mode.startswith("I") or image.mode == "F":
+        wide = np.asarray(image, np.float64)
+        image = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def clip_name(path):
+    """photos/cat.jpg -> photos_cat, a name for what is rendered from it."""
+    return "_".join(Path(path).absolute().with_suffix("").parts[-2:]).strip("/_")
 
 
 # ---------------------------------------------------------------------------------------------------------------- write

@@ -17,7 +17,8 @@ def picture(path, value, mode="RGB", size=(20, 12), **save):
     if mode == "I;16":
         image = Image.fromarray(np.full(size[::-1], value * 257, np.uint16))
     else:
-        image = Image.new("RGB", size, (value,) * 3).convert(mode)
+        image = Image.new("RGB", size, (value,) * 3)
+        image = image.quantize() if mode == "P" else image.convert(mode)
     image.save(path, **save)
 
 
