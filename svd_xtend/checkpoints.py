@@ -155,7 +155,12 @@ def add_hooks(accelerator, ema):
                 save_tensors(dict(zip(named, ema.shadow_params)), Path(folder, EMA))
 
     def load(models, folder):
-        load_trained(accelerator.unwrap_model(models.pop()), Path(folder, TRAINED))
+        model = accelerator.unwrap_model(models.pop())
+        if set(load_trained(model, Path(folder, TRAINED))) != trainable_parameters(model).keys():
+            raise ValueError(
+                f"--resume_from_checkpoint {folder}: does not hold what this run trains. Give the flags that it was "
+                "trained with, or another --output_dir."
+            )
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

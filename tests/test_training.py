@@ -123,6 +123,12 @@ def test_a_save_that_dies_leaves_the_last_checkpoint_whole(run, monkeypatch):
     assert_same(trained(out, 1), before)
 
 
+def test_resuming_with_other_trained_parameters_is_a_clear_error(run):
+    run("--max_train_steps=1", "--train_params", "conv_out")
+    with pytest.raises(ValueError, match="^--resume_from_checkpoint .* does not hold what this run trains"):
+        run("--max_train_steps=2", "--train_params", "conv_out", "conv_in")
+
+
 def test_checkpoint_holds_what_trains_and_nothing_else(run, pipe):
     out = run("--max_train_steps=1", *SMALL)
     names = {n for n, _ in pipe.unet.named_parameters() if "conv_out" in n or "mid_block.attentions" in n}
