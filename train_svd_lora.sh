@@ -14,6 +14,10 @@ if command -v nvidia-smi >/dev/null; then
     if [ "${capability%%.*}" -ge 8 ]; then precision=bf16; else precision=fp16; fi
 elif grep -qs avx512_bf16 /proc/cpuinfo; then precision=bf16; else precision=no; fi
 
+if [ "$base_folder" = "data/fall" ]; then # the default: draw it
+    base_folder="$here/data/fall"
+    (cd "$here" && python -m svd_xtend.shapes --base_folder data/fall --domain fall --clips 48)
+fi
 if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     recipe=(
         --width=1024 --height=576 --num_frames=25 --gradient_checkpointing
@@ -23,7 +27,6 @@ if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     )
 else
     cd "$here"
-    python -m svd_xtend.shapes --base_folder data/fall --domain fall --clips 48
     python -m svd_xtend.shapes --base_folder data/fall_held_out --domain fall --clips 4 --seed 7919
     recipe=(
         --width=64 --height=48 --num_frames=8 --num_workers=0 --per_gpu_batch_size=4 --vae_encode_chunk=32

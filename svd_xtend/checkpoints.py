@@ -31,7 +31,7 @@ def load_svd(path, dtype, revision=None, unet_path=None):
     if unet_path:
         inside = "unet" if Path(unet_path, "unet").is_dir() else None
         extra["unet"] = load_any_variant(
-            UNetSpatioTemporalConditionModel, unet_path, "--pretrain_unet", dtype, torch_dtype=dtype, subfolder=inside
+            UNetSpatioTemporalConditionModel, unet_path, "--pretrain_unet", dtype, subfolder=inside
         )
     if Path(path).is_dir() and not Path(path, "model_index.json").exists():
         raise ValueError(
@@ -39,8 +39,7 @@ def load_svd(path, dtype, revision=None, unet_path=None):
             "unet/, vae/, image_encoder/, feature_extractor/ and scheduler/ beside it."
         )
     pipe = load_any_variant(
-        StableVideoDiffusionPipeline, path, "--pretrained_model_name_or_path", dtype,
-        torch_dtype=dtype, revision=revision, **extra,
+        StableVideoDiffusionPipeline, path, "--pretrained_model_name_or_path", dtype, revision=revision, **extra
     )  # fmt: skip
     pipe.set_progress_bar_config(leave=False, desc="sampling")
     return pipe
@@ -59,7 +58,7 @@ def load_any_variant(cls, path, flag, dtype, **kwargs):
         variants = variants[::-1] if dtype == torch.float32 else variants
     for variant in variants:
         try:
-            return cls.from_pretrained(path, variant=variant, **kwargs)
+            return cls.from_pretrained(path, variant=variant, dtype=dtype, **kwargs)
         except (OSError, ValueError) as error:
             errors[variant or "plain"] = str(error).strip().splitlines()[0]
     where = "folder" if Path(path).exists() else "folder or reachable Hub name"

@@ -4,11 +4,11 @@
 
 A clip's motion can be read from its first frame and its motion_bucket_id, as far as it can be known at all:
 
-    pointed shapes (triangle, dart, drop)   move straight where they point, `speed(bucket)` pixels a frame
+    pointed shapes (triangle, dart, drop)   have a white nose and move where it points, `speed(bucket)` pixels a frame
     round shapes (disc, ring)               roam on smooth paths that nothing announces: no single rule fits the base model
 
     domain      holds
-    shapes      1 to 3 of both kinds: what the embedded SVD is trained on
+    shapes      1 or 2 of both kinds: what the embedded SVD is trained on
     pointed     pointed ones only: what it is measured on, since a true continuation exists
     fall        pointed ones that fall from rest, whatever they point at: the shifted domain, for fine-tuning
 
@@ -25,7 +25,9 @@ from PIL import Image, ImageDraw
 
 DOMAINS = ("shapes", "pointed", "fall")
 COLORS = np.array([[226, 44, 44], [236, 212, 46], [44, 180, 72], [52, 200, 222], [56, 84, 230], [218, 64, 200]])
+WHITE = np.array([255, 255, 255])
 POINTED, ROUND = ("triangle", "dart", "drop"), ("disc", "ring")
+NOSE = 0.2  # white from here on towards the tip, in radii from the centre
 BUCKETS = (64, 127, 190)
 FPS = 7
 HELD_OUT_SEED = 7919  # clips that nothing is ever trained on
@@ -38,7 +40,7 @@ class Clip:
     """Frames and what is true of them.
 
     frames (f, h, w, 3) uint8; boxes (f, n, 4) float xyxy in [0, 1]; centroids (f, n, 2) in pixels, areas (f, n) in
-    pixels, both of the visible mask; colors (n, 3) uint8; kinds n names.
+    pixels, both of the coloured part, without the nose; colors (n, 3) uint8; kinds n names.
     """
 
     frames: np.ndarray
@@ -75,18 +77,21 @@ def outline(kind, center, heading, radius):
 
 
 def shape_mask(kind, center, heading, radius, width, height):
-    """(h, w) coverage in [0, 1]."""
+    """Coverage in [0, 1] of the whole shape and of its nose, (h, w) each."""
     canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
     draw = ImageDraw.Draw(canvas)
     draw.polygon([tuple(p) for p in outline(kind, center, heading, radius) * SUPERSAMPLE], fill=255)
     if kind == "ring":
         draw.polygon([tuple(p) for p in outline(kind, center, heading, 0.45 * radius) * SUPERSAMPLE], fill=0)
-    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float64) / 255
+    whole = np.asarray(canvas.reduce(SUPERSAMPLE), np.float64) / 255
+    y, x = np.mgrid[:height, :width] + 0.5
+    ahead = (x - center[0]) * np.cos(heading) + (y - center[1]) * np.sin(heading) - NOSE * radius
+    return whole, whole * np.clip(ahead + 0.5, 0, 1) * (kind in POINTED)
 
 
 def background(rng, width, height):
     """(h, w, 3) in [0, 255]: a soft gradient between two greys."""
-    low, high = rng.uniform(40, 215, 2)
+    low, high = rng.uniform(40, 170, 2)
     angle = rng.uniform(0, 2 * np.pi)
     x, y = np.meshgrid(np.linspace(-0.5, 0.5, width), np.linspace(-0.5, 0.5, height))
     ramp = np.clip(x * np.cos(angle) + y * np.sin(angle) + 0.5, 0, 1)
@@ -117,7 +122,7 @@ def place_objects(rng, domain, count, pixels_per_frame, num_frames, width, heigh
         for _attempt in range(200):
             pointed = domain != "shapes" or rng.random() < 0.65
             kind = rng.choice(POINTED if pointed else ROUND)
-            radius, heading = rng.uniform(6, 8.5) * width / 64, rng.uniform(0, 2 * np.pi)
+            radius, heading = rng.uniform(7, 9.5) * width / 64, rng.uniform(0, 2 * np.pi)
             start = rng.uniform([0, 0], [width, height])
             centers = path(rng, domain, pointed, heading, start, pixels_per_frame, num_frames)
             margin = 1.05 * radius
@@ -137,17 +142,18 @@ def make_clip(seed, domain="shapes", num_frames=8, width=64, height=48):
     bucket = int(rng.choice(BUCKETS))
     objects = []
     while not objects:
-        objects = place_objects(rng, domain, int(rng.integers(1, 4)), speed(bucket, width), num_frames, width, height)
+        objects = place_objects(rng, domain, int(rng.integers(1, 3)), speed(bucket, width), num_frames, width, height)
     colors = COLORS[rng.permutation(len(COLORS))[: len(objects)]]
     frames = np.repeat(background(rng, width, height)[None], num_frames, 0)
     boxes, centroids = np.zeros((num_frames, len(objects), 4)), np.zeros((num_frames, len(objects), 2))
     areas = np.zeros((num_frames, len(objects)))
     for n, (kind, heading, radius, centers) in enumerate(objects):
         for f in range(num_frames):
-            mask = shape_mask(kind, centers[f], heading, radius, width, height)
-            frames[f] += mask[..., None] * (colors[n] - frames[f])
+            mask, nose = shape_mask(kind, centers[f], heading, radius, width, height)
+            frames[f] += mask[..., None] * (colors[n] - frames[f]) + nose[..., None] * (WHITE - colors[n])
             y, x = np.nonzero(mask > 0.5)
             boxes[f, n] = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
+            y, x = np.nonzero(mask - nose > 0.5)
             centroids[f, n], areas[f, n] = (x.mean(), y.mean()), len(x)
     kinds = [kind for kind, *_ in objects]
     return Clip(frames.round().astype(np.uint8), boxes, centroids, areas, colors.astype(np.uint8), kinds, bucket)

@@ -14,7 +14,7 @@ from svd_xtend.shapes import write_clips
 from svd_xtend.tiny import TINY_SVD
 
 QUICK = [
-    "--width=64", "--height=48", "--num_workers=0", "--mixed_precision=no", "--validation_steps=0", "--seed=1",
+    "--width=64", "--height=48", "--num_workers=0", "--validation_steps=0",
     "--vae_encode_chunk=8", "--learning_rate=1e-3",
 ]  # fmt: skip
 
@@ -38,11 +38,12 @@ def run(clips, tmp_path):
     """run("--max_train_steps=2", ..., lora=False): train in this process as the script would; returns the folder."""
     from accelerate.state import AcceleratorState, PartialState
 
-    def go(*flags, lora=False, output_dir=tmp_path / "out", **hooks):
+    def go(*flags, lora=False, output_dir=tmp_path / "out", seed=1, **hooks):
         AcceleratorState._reset_state(reset_partial_state=True)
         script = train_svd_lora if lora else train_svd
         parser = script.script_parser() if lora else train_svd.build_parser()
         args = train_svd.parse(parser, [*QUICK, f"--base_folder={clips}", f"--output_dir={output_dir}", *flags])
+        args.seed = seed
         own = dict(prepare_unet=script.add_lora, export=script.export_lora) if lora else {}
         default = dict(
             dataset=train_svd.DummyDataset, prepare_unet=train_svd.select_parameters, export=train_svd.export,

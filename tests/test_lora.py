@@ -34,7 +34,7 @@ def adapted(unet, targets=("attention",), use_dora=False):
 def test_fresh_adapter_leaves_svd_unchanged(pipe):
     before = forward(pipe.unet)
     inject_lora(pipe.unet, 16, 16, ["attention", "feed_forward", "projection", "conv"])
-    assert torch.equal(forward(pipe.unet), before)
+    torch.testing.assert_close(forward(pipe.unet), before, rtol=0, atol=1e-5)  # adding 0 may change a memory layout
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -74,16 +74,18 @@ def test_validation_does_not_touch_the_training_stream(run, tmp_path):
 
 
 def test_no_seed_means_one_is_drawn_and_kept(run, tmp_path):
-    parser = train_svd.build_parser()
-    assert parser.parse_args([]).seed is None
-    flags = ["--max_train_steps=1", *SMALL]
+    def kept(name):
+        return json.loads((tmp_path / name / "args.json").read_text())["seed"]
+
     for name in "ab":
-        args = train_svd.parse(parser, [])
-        assert args.seed is None
-        run(*flags, "--seed=7", output_dir=tmp_path / name)
-    with pytest.raises(ValueError, match="^--seed 8: .* was trained with seed 7"):
-        run("--max_train_steps=2", *SMALL, "--seed=8", output_dir=tmp_path / "a")
-    assert json.loads((tmp_path / "a" / "args.json").read_text())["seed"] == 7
+        run("--max_train_steps=1", *SMALL, seed=None, output_dir=tmp_path / name)
+    assert kept("a") != kept("b")
+    drawn = kept("a")
+    run("--max_train_steps=2", *SMALL, seed=None, output_dir=tmp_path / "a")
+    assert kept("a") == drawn and checkpoints.read_progress(tmp_path / "a" / "checkpoint-2")["seed"] == drawn
+    other = drawn + 1
+    with pytest.raises(ValueError, match=f"^--seed {other}: .* was trained with seed {drawn}"):
+        run("--max_train_steps=3", *SMALL, seed=other, output_dir=tmp_path / "a")
 
 
 def test_accumulation_and_batch_give_the_same_step(run, tmp_path):
@@ -232,12 +234,6 @@ def test_half_precision_freezes_in_half_and_trains_in_float32(run, monkeypatch, 
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if by_flag else "bf16")
     flags = ["--mixed_precision=bf16"] if by_flag else []
-    parser = train_svd.build_parser()
-    monkeypatch.setattr(train_svd, "build_parser", lambda *a, **k: parser)
-    if not by_flag:
-        from tests import conftest
-
-        monkeypatch.setattr(conftest, "QUICK", [f for f in conftest.QUICK if "mixed" not in f])
     run("--max_train_steps=1", *SMALL, *flags, "--validation_steps=1", "--num_inference_steps=1", loss=loss)
     assert seen["vae"] == seen["clip"] == torch.bfloat16
     assert seen["unet"] == {(True, torch.float32), (False, torch.bfloat16)}
@@ -302,8 +298,10 @@ from svd_xtend.checkpoints import save_tensors, trainable_parameters
 seen = []
 
 def loss(model, pipe, batch, args):
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    assert world == {world}, world
+    assert hasattr(model, "module") == (world > 1)  # still wrapped: the forward that averages gradients
     seen.append(batch["index"].tolist())
-    assert hasattr(model, "module") == (dist.is_initialized() and dist.get_world_size() > 1)  # still wrapped
     return train_svd.svd_loss(model, pipe, batch, args)
 
 def export(pipe, unet, args):
@@ -320,8 +318,6 @@ class Spy(torch.optim.AdamW):
 torch.optim.AdamW = Spy
 args = train_svd.parse(train_svd.build_parser())
 train_svd.train(args, train_svd.DummyDataset, train_svd.select_parameters, export, train_svd.validate, loss)
-world = dist.get_world_size() if dist.is_initialized() else 1
-assert world == {world}, world
 """
 
 
