@@ -25,8 +25,12 @@ def load_svd(path, dtype, revision=None, unet_path=None):
     Takes files of the fp16 variant and plain ones, whichever are there (for float32, plain ones first).
     `unet_path`: another folder whose UNet (itself, or in its unet/) replaces the pipeline's.
     """
+    import diffusers
+    import transformers
     from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 
+    for library in (diffusers, transformers):  # they warn of choices made here on purpose
+        library.utils.logging.set_verbosity_error()
     extra = {}
     if unet_path:
         inside = "unet" if Path(unet_path, "unet").is_dir() else None

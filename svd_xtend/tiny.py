@@ -285,13 +285,13 @@ def train_unet(folder, vae, steps):
     start, out = Path(folder, "start"), Path(folder, "trained")
     if not (start / "model_index.json").exists():
         save_pipeline(build_pipeline(vae, build_unet()), start)
-    write_clips(Path(folder, "clips"), "shapes", 4000, TRAIN_SEED)
+    write_clips(Path(folder, "clips"), "shapes", 3000, TRAIN_SEED)
     write_clips(Path(folder, "held_out"), "pointed", 4, HELD_OUT_SEED)
     images = [str(Path(folder, "held_out", f"pointed{i:04d}", "000.png")) for i in range(4)]
     flags = dict(
         pretrained_model_name_or_path=start, base_folder=Path(folder, "clips"), width=WIDTH, height=HEIGHT,
         num_frames=NUM_FRAMES, per_gpu_batch_size=8, vae_encode_chunk=8, num_workers=1, learning_rate=1e-3,
-        lr_scheduler="cosine", lr_warmup_steps=50, adam_beta2=0.99, conditioning_dropout_prob="0 0 0.05",
+        lr_scheduler="cosine", lr_warmup_steps=50, adam_beta2=0.99, P_mean=1.5, P_std=1.6, conditioning_dropout_prob="0 0 0.05",
         max_train_steps=steps, checkpointing_steps=100, checkpoints_total_limit=2, validation_steps=500,
         num_inference_steps=10, seed=TRAIN_SEED, mixed_precision="bf16" if fast_bf16() else "no", output_dir=out,
     )  # fmt: skip
@@ -355,7 +355,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", help="train: everything goes here, the result into its tiny_svd/")
     parser.add_argument("--vae_steps", type=int, default=1100)
-    parser.add_argument("--unet_steps", type=int, default=2000)
+    parser.add_argument("--unet_steps", type=int, default=4000)
     parser.add_argument("--evaluate", metavar="FOLDER", help="measure this SVD on held-out clips instead")
     parser.add_argument("--lora", help="with these adapters")
     parser.add_argument("--domain", default="pointed", help="clips to measure on: pointed, fall")
