@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from svd_xtend.runs import fast_bf16
-from svd_xtend.shapes import HELD_OUT_SEED
+from svd_xtend.shapes import DOMAINS, HELD_OUT_SEED, make_clip, measure, psnr, write_clips
 
 TINY_SVD = Path(__file__).parent / "tiny_svd"  # the shipped weights
 WIDTH, HEIGHT, NUM_FRAMES = 64, 48, 8
@@ -61,50 +61,57 @@ def start_as_lowpass(vae):
     """
     import torch
 
-    K = 4.0
-    eye = torch.eye(3)
-
-    def carry(conv, kernel):  # one k x k kernel, channel by channel
-        torch.nn.init.zeros_(conv.weight[:3])
-        torch.nn.init.zeros_(conv.bias)
-        conv.weight[range(3), range(3)] = kernel
-
-    def into_groups(conv):
-        conv.weight[:18], conv.bias[:18] = 0, 0
-        for i in range(6):
-            p = eye[i % 3] * (1 if i < 3 else -1)
-            for place, (scale, constant) in enumerate(((1, 0), (-0.5, K), (-0.5, -K))):
-                conv.weight[3 * i + place, :3, 0, 0], conv.bias[3 * i + place] = p * scale, constant
-
-    def out_of_groups(conv):
-        conv.weight[:3], conv.bias[:3] = 0, 0
-        for c in range(3):
-            conv.weight[c, 3 * c, 1, 1] = K * (2 / 3) ** 0.5
-            conv.weight[c, 9 + 3 * c, 1, 1] = -K * (2 / 3) ** 0.5
-
-    point = torch.zeros(3, 3).index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(1.0))
+    point = torch.zeros(3, 3)
+    point[1, 1] = 1
     average = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4  # the encoder pads on the right and below
     tent = torch.tensor([1.0, 2, 1]) / 4
+    encoder, decoder = vae.encoder, vae.decoder
     with torch.no_grad():
-        carry(vae.encoder.conv_in, point)
-        for block in vae.encoder.down_blocks[:2]:
+        carry(encoder.conv_in, point)
+        for block in encoder.down_blocks[:2]:
             carry(block.downsamplers[0].conv, average)
-        carry(vae.encoder.down_blocks[1].resnets[0].conv_shortcut, torch.ones(1, 1))
-        into_groups(vae.encoder.down_blocks[2].resnets[0].conv_shortcut)
-        out_of_groups(vae.encoder.conv_out)
+        carry(encoder.down_blocks[1].resnets[0].conv_shortcut, torch.ones(1, 1))
+        into_groups(encoder.down_blocks[2].resnets[0].conv_shortcut)
+        out_of_groups(encoder.conv_out)
         torch.nn.init.eye_(vae.quant_conv.weight[:4, :4, 0, 0])
         vae.quant_conv.weight[:4, 4:], vae.quant_conv.weight[4:], vae.quant_conv.bias[:] = 0, 0, 0
         vae.quant_conv.bias[4:] = -6.0  # posterior std 0.05; the default is 1
 
-        carry(vae.decoder.conv_in, point)
-        for block in vae.decoder.up_blocks[:2]:
+        carry(decoder.conv_in, point)
+        for block in decoder.up_blocks[:2]:
             carry(block.upsamplers[0].conv, torch.outer(tent, tent))
-        carry(vae.decoder.up_blocks[1].resnets[0].spatial_res_block.conv_shortcut, torch.ones(1, 1))
-        into_groups(vae.decoder.up_blocks[2].resnets[0].spatial_res_block.conv_shortcut)
-        out_of_groups(vae.decoder.conv_out)
-        torch.nn.init.zeros_(vae.decoder.time_conv_out.weight)
-        vae.decoder.time_conv_out.weight[range(3), range(3), 1, 0, 0] = 1.0
-        torch.nn.init.zeros_(vae.decoder.time_conv_out.bias)
+        carry(decoder.up_blocks[1].resnets[0].spatial_res_block.conv_shortcut, torch.ones(1, 1))
+        into_groups(decoder.up_blocks[2].resnets[0].spatial_res_block.conv_shortcut)
+        out_of_groups(decoder.conv_out)
+        torch.nn.init.zeros_(decoder.time_conv_out.weight)
+        decoder.time_conv_out.weight[range(3), range(3), 1, 0, 0] = 1.0
+        torch.nn.init.zeros_(decoder.time_conv_out.bias)
+
+
+K = 4.0  # the constant in each group: large beside a pixel
+
+
+def carry(conv, kernel):
+    """Pass channels 0 to 2 on, each filtered by one k x k kernel."""
+    conv.weight[:3], conv.bias[:] = 0, 0
+    conv.weight[range(3), range(3)] = kernel
+
+
+def into_groups(conv):
+    """1x1 convolution: R, G, B, -R, -G, -B, each as a group of three (see start_as_lowpass)."""
+    conv.weight[:18], conv.bias[:18] = 0, 0
+    for i in range(6):
+        sign = 1 if i < 3 else -1
+        for place, (scale, constant) in enumerate(((1, 0), (-0.5, K), (-0.5, -K))):
+            conv.weight[3 * i + place, i % 3], conv.bias[3 * i + place] = sign * scale, constant
+
+
+def out_of_groups(conv):
+    """3x3 convolution behind GroupNorm and SiLU: the inverse."""
+    conv.weight[:3], conv.bias[:3] = 0, 0
+    for c in range(3):
+        conv.weight[c, 3 * c, 1, 1] = K * (2 / 3) ** 0.5
+        conv.weight[c, 9 + 3 * c, 1, 1] = -K * (2 / 3) ** 0.5
 
 
 def build_unet():
@@ -187,8 +194,6 @@ def clips_to_pixels(clips):
 
 def vae_batch(step, steps):
     """Clips of all domains, keyed by the step: 16 single frames for two thirds of the way, then 2 clips x 8 frames."""
-    from svd_xtend.shapes import DOMAINS, make_clip
-
     count, f = (16, 1) if step < 2 / 3 * steps else (2, NUM_FRAMES)
     return clips_to_pixels(
         [make_clip((VAE_SEED, step, i), DOMAINS[(step + i) % 3], f, WIDTH, HEIGHT) for i in range(count)]
@@ -238,8 +243,7 @@ def train_vae(folder, steps, learning_rate=1e-3):
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             figures = {"step": step + 1, "psnr": vae_psnr(vae, "shapes", 16), "loss": loss.item(), "time": time.time()}
             with log.open("a") as f:
@@ -247,29 +251,27 @@ def train_vae(folder, steps, learning_rate=1e-3):
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
+    pixel_values = torch.cat([vae_batch(steps + i, steps).flatten(0, 1) for i in range(16)])
     with torch.no_grad():
-        latents = vae.encode(
-            torch.cat([vae_batch(steps + i, steps).flatten(0, 1) for i in range(16)]).to(device)
-        ).latent_dist.mode()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    return vae.eval().cpu()
+        std = vae.cpu().encode(pixel_values).latent_dist.mode().std().item()
+    vae.register_to_config(scaling_factor=round(1 / std, 5))
+    return vae.eval()
+
+
+def reconstruct(vae, clip):
+    """A clip's frames (f, h, w, 3) uint8 after the VAE."""
+    import torch
+
+    pixels = clips_to_pixels([clip])[0].to(next(vae.parameters()).device)
+    with torch.no_grad():
+        out = vae.decode(vae.encode(pixels).latent_dist.mode(), num_frames=len(pixels)).sample
+    return ((out.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def vae_psnr(vae, domain, count=64):
     """Mean PSNR in dB of reconstructing `count` held-out clips."""
-    import torch
-
-    from svd_xtend.shapes import make_clip, psnr
-
-    values = []
-    for i in range(count):
-        clip = make_clip((HELD_OUT_SEED, i), domain, NUM_FRAMES, WIDTH, HEIGHT)
-        pixels = clips_to_pixels([clip])[0].to(next(vae.parameters()).device)
-        with torch.no_grad():
-            out = vae.decode(vae.encode(pixels).latent_dist.mode(), num_frames=NUM_FRAMES).sample
-        out = ((out.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        values.append(psnr(out, clip.frames))
-    return float(np.mean(values))
+    clips = [make_clip((HELD_OUT_SEED, i), domain, NUM_FRAMES, WIDTH, HEIGHT) for i in range(count)]
+    return float(np.mean([psnr(reconstruct(vae, clip), clip.frames) for clip in clips]))
 
 
 # ---------------------------------------------------------------------------------------------------------- train UNet
@@ -280,7 +282,6 @@ def train_unet(folder, vae, steps):
     import torch
 
     from svd_xtend.checkpoints import load_svd
-    from svd_xtend.shapes import write_clips
 
     start, out = Path(folder, "start"), Path(folder, "trained")
     if not (start / "model_index.json").exists():
@@ -316,7 +317,6 @@ def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
     from svd_xtend import video
     from svd_xtend.checkpoints import load_svd
     from svd_xtend.lora import load_lora
-    from svd_xtend.shapes import make_clip, measure
 
     pipe = load_svd(str(folder), torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
     if lora:
@@ -326,11 +326,7 @@ def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
     for i in tqdm(range(count), desc=f"held-out {domain}"):
         clip = make_clip((HELD_OUT_SEED, i), domain, NUM_FRAMES, WIDTH, HEIGHT)
         rows["static copy"].append(measure(np.repeat(clip.frames[:1], NUM_FRAMES, 0), clip))
-        with torch.no_grad():
-            latents = pipe.vae.encode(clips_to_pixels([clip])[0].to(pipe.device)).latent_dist.mode()
-            out = pipe.decode_latents(latents[None] * pipe.vae.config.scaling_factor, NUM_FRAMES)
-        out = pipe.video_processor.postprocess_video(out, "np")[0]
-        rows["VAE"].append(measure((out * 255).round().astype(np.uint8), clip))
+        rows["VAE"].append(measure(reconstruct(pipe.vae, clip), clip))
         began = time.perf_counter()
         frames = pipe(
             Image.fromarray(clip.frames[0]), HEIGHT, WIDTH, NUM_FRAMES, num_inference_steps=10, fps=7,

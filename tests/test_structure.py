@@ -107,10 +107,11 @@ def test_every_readme_command_runs(command, tmp_path, clips, lora_folder):
     swap = {
         "/path/to/weight": TINY_SVD, "/path/to/frames": clips, "photo.jpg": clips / "fall0000" / "000.png",
         "outputs/lora": lora_folder, '--mixed_precision="fp16"': "", "accelerate launch": sys.executable,
-        "--multi_gpu --num_processes 8": "", "python ": f"{sys.executable} ",
+        "--multi_gpu --num_processes 8": "",
     }  # fmt: skip
     for old, new in swap.items():
         command = command.replace(old, str(new))
+    command = re.sub("^python ", f"{sys.executable} ", command)
     flags = f" --output_dir={tmp_path}"
     if "svd_xtend.lora" not in command:
         flags += " --width=64 --height=48 --num_frames=8 --num_inference_steps=1"
