@@ -3,6 +3,7 @@
     python infer_svd.py --image photo.jpg                                            # the embedded SVD
     python infer_svd.py --pretrained_model_name_or_path outputs/svd --image a.jpg b.jpg --width 512 --height 320
     python infer_svd.py --pretrained_model_name_or_path /path/to/weight --lora outputs/lora --image photo.jpg
+    python infer_svd.py --image photo.jpg --tracklets path.json                      # objects follow boxes
 
 Weights: any SVD, a full export, a checkpoint over its base (--checkpoint, --ema), a LoRA over its base (--lora).
 """
@@ -11,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from svd_xtend import checkpoints, video
+from svd_xtend import checkpoints, tracklets, video
 from svd_xtend.lora import inject_lora, load_lora
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.tiny import TINY_BOXES, TINY_SVD
 
 
 def load_checkpoint(unet, folder, ema=False):
@@ -33,8 +34,8 @@ def load_checkpoint(unet, folder, ema=False):
     checkpoints.load_trained(unet, file)
 
 
-def main(args):
-    """Load once, then render every image."""
+def load_pipeline(args):
+    """(the pipeline with all weights that the flags name, the box adapter or None)."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,21 +47,51 @@ def main(args):
     if args.lora:
         load_lora(pipe.unet, args.lora, args.lora_scale)
     pipe.unet.to(pipe.image_encoder.dtype)
+    adapter = None
+    if args.tracklets:
+        from svd_xtend.boxes import load_boxes
+
+        adapter = load_boxes(pipe.unet, args.tracklet_weights).to(device)
+        adapter.box_guidance_scale = args.box_guidance_scale
     if args.cpu_offload and device == "cuda":
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
-    for path in args.image:
+    return pipe, adapter
+
+
+def read_boxes(args, path, file, num_frames, slots):
+    """The tracklets in `file` as the picture at `path` shows them after resizing."""
+    size = video.load_image(path).size
+    found = tracklets.read_tracklets(file, size)
+    own = found.get(video.clip_name(path), next(iter(found.values())))
+    return tracklets.fit(own, size, args.width, args.height, args.resize_mode, 0, num_frames, slots)
+
+
+def main(args):
+    """Load once, then render every image."""
+    import torch
+
+    pipe, adapter = load_pipeline(args)
+    num_frames, steps = args.num_frames or pipe.unet.config.num_frames, args.num_inference_steps
+    files = args.tracklets * len(args.image) if len(args.tracklets) == 1 else args.tracklets
+    for i, path in enumerate(args.image):
         image = video.load_image(path, args.width, args.height, args.resize_mode)
+        boxes = read_boxes(args, path, files[i], num_frames, adapter.config["slots"]) if adapter else None
+        if adapter:
+            adapter.set(boxes.relaxed())
         frames = pipe(
-            image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=args.fps,
+            image, args.height, args.width, num_frames, steps, fps=args.fps,
             min_guidance_scale=args.min_guidance_scale, max_guidance_scale=args.max_guidance_scale,
             motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
             decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.seed),
+            callback_on_step_end=adapter and adapter.until(args.box_tau, steps),
         ).frames[0]  # fmt: skip
         stem = Path(args.output_dir, video.clip_name(path))
         video.write_clip(stem, frames, args.fps)
-        print(f"{stem}.mp4 .gif .png")
+        if boxes:
+            video.write_clip(f"{stem}_boxes", tracklets.beside(frames, boxes), args.fps)
+        print(f"{stem}.mp4 .gif .png" + f", {stem}_boxes with the boxes in view" * bool(boxes))
 
 
 def build_parser():
@@ -74,6 +105,10 @@ def build_parser():
     parser.add_argument("--lora", help="pytorch_lora_weights.safetensors, or its folder")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="0: the base; 1: as trained")
     parser.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the module at work: for small GPUs")
+    parser.add_argument("--tracklets", nargs="+", default=[], metavar="FILE", help="boxes that the objects are to follow: one annotation file for each image, or one for all")
+    parser.add_argument("--tracklet_weights", default=str(TINY_BOXES), help="output of train_svd_tracklet.py on that SVD; default: the embedded one's")
+    parser.add_argument("--box_guidance_scale", type=float, default=1.0, help="how much farther to go in the boxes' direction; other than 1 costs a third of the time more; default: %(default)s")
+    parser.add_argument("--box_tau", type=float, default=1.0, help="heed the boxes in this first part of the sampling steps (GLIGEN's scheduled sampling); default: %(default)s")
     parser.add_argument("--image", nargs="+", required=True, help="pictures to animate")
     parser.add_argument("--output_dir", default="outputs/infer", help="default: %(default)s")
     parser.add_argument("--width", type=int, default=64, help="pixels, a multiple of 8; 1024 or 512 for SVD; default: %(default)s")
@@ -93,4 +128,10 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    parser = build_parser()
+    args = parser.parse_args()
+    if len(args.tracklets) not in (0, 1, len(args.image)):
+        parser.error(
+            f"--tracklets: {len(args.tracklets)} files for {len(args.image)} images; pass one for each, or one"
+        )
+    main(args)

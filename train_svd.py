@@ -92,14 +92,16 @@ class DummyDataset:
             frames, told = self.clips[clip]
             start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
             try:
-                window = frames[start : start + self.sample_frames]
-                pixels = np.stack([video.load_image(frame, *self.size, self.resize_mode) for frame in window])
+                return {**self.read_window(clip, start, index), "index": index, "failed": failed, **told}
             except ValueError as error:
                 logger.warning("%s; another clip takes its place", error)
-                continue
-            pixel_values = rearrange(pixels, "f h w c -> f c h w")
-            return {"pixel_values": pixel_values, "index": index, "failed": failed, **told}
         raise ValueError("--base_folder: not one clip can be read; the warnings above name the files")
+
+    def read_window(self, clip, start, index):
+        """What an item holds of its clip's frames from `start` on; a subclass adds to it, `cond` for one."""
+        window = self.clips[clip][0][start : start + self.sample_frames]
+        pixels = np.stack([video.load_image(frame, *self.size, self.resize_mode) for frame in window])
+        return {"pixel_values": rearrange(pixels, "f h w c -> f c h w")}
 
 
 class SampleIndices:
@@ -229,7 +231,7 @@ def drop_conditioning(image_embeds, image_latents, u, p_clip, p_latents, p_both)
 
 def svd_loss(model, pipe, batch, args):
     """EDM loss of each clip (b,). batch: pixel_values (b, f, 3, h, w) in [-1, 1], fps (b,), motion_bucket_id (b,),
-    index (b,), and optionally `cond`, keyword arguments of the model."""
+    index (b,), and optionally `cond`, keyword arguments of the model, and `pixel_weight` (b, f, 1, h/8, w/8)."""
     import torch
 
     pixel_values = batch["pixel_values"]
@@ -250,7 +252,7 @@ def svd_loss(model, pipe, batch, args):
     F_x = model(inputs, c_noise.flatten(), image_embeds, added_time_ids, **batch.get("cond", {})).sample.float()
     # lambda |c_skip x + c_out F - y|^2 with c_out^2 in front: the bracket is then F - v, free of cancellation
     v = c_in * (eps - sigma * latents)
-    return (loss_weight(sigma) * c_out**2 * (F_x - v) ** 2).mean((1, 2, 3, 4))
+    return (loss_weight(sigma) * c_out**2 * (F_x - v) ** 2 * batch.get("pixel_weight", 1)).mean((1, 2, 3, 4))
 
 
 # ------------------------------------------------------------------------------------------------- validate and export

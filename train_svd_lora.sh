@@ -8,11 +8,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 bash "$here/install.sh"
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source "$here/.venv/bin/activate"; fi
 
-# the best precision that this machine has
-if command -v nvidia-smi >/dev/null; then
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
-    if [ "${capability%%.*}" -ge 8 ]; then precision=bf16; else precision=fp16; fi
-elif grep -qs avx512_bf16 /proc/cpuinfo; then precision=bf16; else precision=no; fi
+precision=$(cd "$here" && python -m svd_xtend.runs) # the best that this machine has
 
 if [ "$base_folder" = "data/fall" ]; then # the default: draw it
     base_folder="$here/data/fall"

@@ -19,8 +19,15 @@ def fast_bf16():
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()  # private, but torch's own answer
+
+
+def best_precision():
+    """bf16 where it is fast, else fp16 where there is a GPU, else no."""
+    import torch
+
+    return "bf16" if fast_bf16() else "fp16" if torch.cuda.is_available() else "no"
 
 
 def check_precision(flag):
@@ -29,9 +36,20 @@ def check_precision(flag):
 
     precision = flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if (precision == "fp16" and not torch.cuda.is_available()) or (precision == "bf16" and not fast_bf16()):
-        can = "bf16" if fast_bf16() else "fp16" if torch.cuda.is_available() else "no"
-        raise ValueError(f"--mixed_precision {precision}: not on this machine. Pass --mixed_precision {can}")
+        raise ValueError(
+            f"--mixed_precision {precision}: not on this machine. Pass --mixed_precision {best_precision()}"
+        )
     return precision
+
+
+def autocast_forward(model, precision):
+    """Have the model's forward run under autocast, whoever calls it. precision: no, fp16 or bf16."""
+    import torch
+
+    if precision != "no":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        model.forward = torch.autocast(device, half)(model.forward)
 
 
 def record_args(accelerator, args):
@@ -142,3 +160,7 @@ def push_to_hub(args):
         repo_id=repo, folder_path=args.output_dir, token=args.hub_token,
         ignore_patterns=["checkpoint-*", "partial-*", "logs/*", "wandb/*"],
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(best_precision())  # for the .sh files

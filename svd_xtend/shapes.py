@@ -11,6 +11,7 @@ A clip's motion can be read from its first frame and its motion_bucket_id, as fa
     shapes      1 or 2 of both kinds: what the embedded SVD is trained on
     pointed     pointed ones only: what it is measured on, since a true continuation exists
     fall        pointed ones that fall from rest, whatever they point at: the shifted domain, for fine-tuning
+    roam        1 to 3 of both kinds, all on smooth paths, the pointed ones away from where they point: only boxes tell
 
 Next: svd_xtend/tiny.py, the model.
 """
@@ -23,7 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-DOMAINS = ("shapes", "pointed", "fall")
+from svd_xtend.tracklets import Tracklets, iou, palette, write_tracklets
+
+DOMAINS = ("shapes", "pointed", "fall", "roam")
 COLORS = np.array([[226, 44, 44], [236, 212, 46], [44, 180, 72], [52, 200, 222], [56, 84, 230], [218, 64, 200]])
 WHITE = np.array([255, 255, 255])
 POINTED, ROUND = ("triangle", "dart", "drop"), ("disc", "ring")
@@ -50,6 +53,12 @@ class Clip:
     colors: np.ndarray
     kinds: list
     motion_bucket_id: int
+
+    def tracklets(self):
+        """The boxes as Tracklets, all valid and hard."""
+        there = np.ones(self.boxes.shape[:2], bool)
+        ids = tuple(map(str, range(len(self.kinds))))
+        return Tracklets(self.boxes.astype(np.float32), there, there, palette(len(ids)), ids, tuple(self.kinds))
 
 
 def speed(motion_bucket_id, width=64):
@@ -107,10 +116,11 @@ def path(rng, domain, pointed, heading, start, pixels_per_frame, num_frames):
     if domain == "fall":  # from rest, as far as the others go in the same time
         span = max(num_frames - 1, 1)
         return start + np.array([0, 1]) * pixels_per_frame * span * (t / span) ** 2
-    if pointed:
+    if pointed and domain != "roam":
         return start + np.array([np.cos(heading), np.sin(heading)]) * pixels_per_frame * t
     turn = rng.uniform(-0.35, 0.35) + rng.uniform(-0.1, 0.1) * np.arange(num_frames - 1)
-    angles = rng.uniform(0, 2 * np.pi) + np.cumsum(turn)
+    away = rng.uniform(np.pi / 3, 5 * np.pi / 3) if pointed else rng.uniform(0, 2 * np.pi)
+    angles = heading * pointed + away + np.cumsum(turn)
     steps = pixels_per_frame * rng.uniform(0.6, 1.1) * np.stack([np.cos(angles), np.sin(angles)], 1)
     return start + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
 
@@ -120,7 +130,7 @@ def place_objects(rng, domain, count, pixels_per_frame, num_frames, width, heigh
     objects = []
     for _ in range(count):
         for _attempt in range(200):
-            pointed = domain != "shapes" or rng.random() < 0.65
+            pointed = domain in ("pointed", "fall") or rng.random() < 0.65
             kind = rng.choice(POINTED if pointed else ROUND)
             radius, heading = rng.uniform(7, 9.5) * width / 64, rng.uniform(0, 2 * np.pi)
             start = rng.uniform([0, 0], [width, height])
@@ -142,7 +152,10 @@ def make_clip(seed, domain="shapes", num_frames=8, width=64, height=48):
     bucket = int(rng.choice(BUCKETS))
     objects = []
     while not objects:
-        objects = place_objects(rng, domain, int(rng.integers(1, 3)), speed(bucket, width), num_frames, width, height)
+        most = 3 if domain == "roam" else 2
+        objects = place_objects(
+            rng, domain, int(rng.integers(1, most + 1)), speed(bucket, width), num_frames, width, height
+        )
     colors = COLORS[rng.permutation(len(COLORS))[: len(objects)]]
     frames = np.repeat(background(rng, width, height)[None], num_frames, 0)
     boxes, centroids = np.zeros((num_frames, len(objects), 4)), np.zeros((num_frames, len(objects), 2))
@@ -160,7 +173,8 @@ def make_clip(seed, domain="shapes", num_frames=8, width=64, height=48):
 
 
 def write_clips(base_folder, domain="shapes", clips=48, seed=0, **size):
-    """Write `clips` folders of PNG frames, with fps and motion_bucket_id in each clip.json. Skips those that are there."""
+    """Write `clips` folders of PNG frames, each with its boxes in tracklets.json, its fps and motion_bucket_id in
+    clip.json. Skips those that are there."""
     for i in range(clips):
         folder = Path(base_folder) / f"{domain}{i:04d}"
         if (folder / "clip.json").exists():  # written last, hence whole
@@ -169,6 +183,7 @@ def write_clips(base_folder, domain="shapes", clips=48, seed=0, **size):
         clip = make_clip((seed, i), domain, **size)
         for f, frame in enumerate(clip.frames):
             Image.fromarray(frame).save(folder / f"{f:03d}.png")
+        write_tracklets(folder / "tracklets.json", clip.tracklets())
         (folder / "clip.json").write_text(json.dumps({"fps": FPS, "motion_bucket_id": clip.motion_bucket_id}))
 
 
@@ -212,6 +227,36 @@ def measure(frames, clip):
         "kept": float(kept.mean()),
         "psnr": float(psnr(frames[1:], clip.frames[1:])),
     }
+
+
+def segment_boxes(frames, colors):
+    """Boxes (f, n, 4) xyxy in [0, 1] of objects found by colour, white noses included; no area where none is found.
+
+    The background is grey. A pixel is an object's where its chroma is more than 0.45 of the object's, in its direction; a
+    white one is the nearest object's, within 2.2 radii of a disc of its area."""
+    f, h, w, _ = frames.shape
+    frames = frames.astype(np.float64)
+    chroma, own = frames - frames.mean(-1, keepdims=True), colors - colors.mean(-1, keepdims=True)
+    along = np.einsum("fhwc,nc->fnhw", chroma, own / np.linalg.norm(own, axis=1, keepdims=True) ** 2)  # 1: its colour
+    colored = (along > 0.45) & (along == along.max(1, keepdims=True))
+    areas = colored.sum((2, 3))
+    y, x = np.mgrid[:h, :w]
+    center = [(colored * axis).sum((2, 3)) / np.maximum(areas, 1) for axis in (x, y)]
+    reach = np.hypot(x - center[0][..., None, None], y - center[1][..., None, None])
+    reach = reach / (2.2 * np.sqrt(np.maximum(areas, 1) / np.pi))[..., None, None]
+    white = (frames.min(-1) > 180)[:, None] & (reach < 1) & (reach == reach.min(1, keepdims=True))
+    masks = (colored | white) & (areas >= 4)[..., None, None]
+    columns, rows = masks.any(2), masks.any(3)
+    first = columns.argmax(-1) / w, rows.argmax(-1) / h
+    last = 1 - columns[..., ::-1].argmax(-1) / w, 1 - rows[..., ::-1].argmax(-1) / h
+    return np.stack([*first, *last], -1) * masks.any((2, 3))[..., None]
+
+
+def measure_control(frames, clip):
+    """How well frames (f, h, w, 3) uint8 follow the boxes of `clip`, from frame 1 on: mean_iou and success, the
+    fraction with IoU >= 0.5. An object that is not found, or is smeared over much more than its size, counts as it is."""
+    overlap = iou(segment_boxes(frames, clip.colors)[1:], clip.boxes[1:])
+    return {"mean_iou": float(overlap.mean()), "success": float((overlap >= 0.5).mean())}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The embedded SVD: a real Stable Video Diffusion in miniature, and how it was trained.
 
     python -m svd_xtend.tiny --output_dir outputs/tiny_svd       # train it again: VAE, then UNet by train_svd.py
-    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd       # the model card's figures, and a picture
+    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd       # the model card's figures
+    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd --tracklet_weights svd_xtend/tiny_boxes     # those of its box control
 
 All five components in the layout of stabilityai/stable-video-diffusion-img2vid, 64x48 pixels x 8 frames, trained on
 svd_xtend/shapes.py. A killed training resumes when the same command is given again. Next: svd_xtend/tiny_svd/README.md.
@@ -19,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from svd_xtend.runs import fast_bf16
-from svd_xtend.shapes import DOMAINS, HELD_OUT_SEED, make_clip, measure, psnr, write_clips
+from svd_xtend.shapes import DOMAINS, HELD_OUT_SEED, make_clip, measure, measure_control, psnr, write_clips
 
 TINY_SVD = Path(__file__).parent / "tiny_svd"  # the shipped weights
+TINY_BOXES = Path(__file__).parent / "tiny_boxes"  # its box control
 WIDTH, HEIGHT, NUM_FRAMES = 64, 48, 8
 TRAIN_SEED, VAE_SEED = 1, 0
 
@@ -306,15 +308,39 @@ def train_unet(folder, vae, steps):
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 
-def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
-    """{row: {figure: mean}} on held-out clips of `domain`: the model through the stock pipeline (10 steps, default
-    guidance), beside the static copy of frame 0 and the VAE's reconstruction of the truth. `picture`: a PNG of the
-    first clips, truth above model."""
+def sample(pipe, clip, seed):
+    """Frames (f, h, w, 3) uint8 from a clip's first one: the stock pipeline, 10 steps, default guidance."""
     import torch
     from PIL import Image
+
+    frames = pipe(
+        Image.fromarray(clip.frames[0]), HEIGHT, WIDTH, NUM_FRAMES, num_inference_steps=10, fps=7,
+        motion_bucket_id=clip.motion_bucket_id, generator=torch.Generator().manual_seed(seed),
+    ).frames[0]  # fmt: skip
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def held_out(domain, count):
+    """The first `count` clips of a domain that nothing was trained on, under a progress bar."""
     from tqdm import tqdm
 
+    for i in tqdm(range(count), desc=f"held-out {domain}"):
+        yield i, make_clip((HELD_OUT_SEED, i), domain, NUM_FRAMES, WIDTH, HEIGHT)
+
+
+def sheet(title, frames):
+    """A row of a picture: all frames under a title."""
+    from PIL import Image
+
     from svd_xtend import video
+
+    images = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
+    return video.titled(video.contact_sheet(images), title)
+
+
+def load_for_evaluation(folder, lora=None):
+    import torch
+
     from svd_xtend.checkpoints import load_svd
     from svd_xtend.lora import load_lora
 
@@ -322,29 +348,64 @@ def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
     if lora:
         load_lora(pipe.unet, lora)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def means(rows):
+    """{row: [{figure: value}]} -> {row: {figure: mean}}."""
+    return {name: {key: float(np.nanmean([r[key] for r in row])) for key in row[0]} for name, row in rows.items()}
+
+
+def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
+    """{row: {figure: mean}} on held-out clips of `domain`: the model beside the static copy of frame 0 and the VAE's
+    reconstruction of the truth. `picture`: a PNG of the first clips, truth above model."""
+    from svd_xtend import video
+
+    pipe = load_for_evaluation(folder, lora)
     rows, seconds, sheets = {"static copy": [], "VAE": [], "model": []}, [], []
-    for i in tqdm(range(count), desc=f"held-out {domain}"):
-        clip = make_clip((HELD_OUT_SEED, i), domain, NUM_FRAMES, WIDTH, HEIGHT)
+    for i, clip in held_out(domain, count):
         rows["static copy"].append(measure(np.repeat(clip.frames[:1], NUM_FRAMES, 0), clip))
         rows["VAE"].append(measure(reconstruct(pipe.vae, clip), clip))
         began = time.perf_counter()
-        frames = pipe(
-            Image.fromarray(clip.frames[0]), HEIGHT, WIDTH, NUM_FRAMES, num_inference_steps=10, fps=7,
-            motion_bucket_id=clip.motion_bucket_id, generator=torch.Generator().manual_seed(i),
-        ).frames[0]  # fmt: skip
+        frames = sample(pipe, clip, i)
         seconds.append(time.perf_counter() - began)
-        rows["model"].append(measure(np.stack([np.asarray(frame) for frame in frames]), clip))
+        rows["model"].append(measure(frames, clip))
         if i < 6:
-            truth = [Image.fromarray(frame) for frame in clip.frames]
-            sheets += [
-                video.titled(video.contact_sheet(truth), "truth"),
-                video.titled(video.contact_sheet(frames), "model"),
-            ]
+            sheets += [sheet("truth", clip.frames), sheet("model", frames)]
     if picture:
         video.stack(sheets, vertical=True).save(picture)
-    figures = {name: {key: float(np.nanmean([r[key] for r in row])) for key in row[0]} for name, row in rows.items()}
+    figures = means(rows)
     figures["model"]["seconds_per_clip"] = float(np.mean(seconds))
     return figures
+
+
+def evaluate_control(folder, weights, picture=None, count=64):
+    """{row: {mean_iou, success}} of held-out `roam` clips, whose boxes nothing in frame 0 announces: with boxes, without,
+    and beside them the static copy and the measure's own ceiling. `picture`: PNG of the first clips: asked, without, with.
+    """
+    from PIL import Image
+
+    from svd_xtend import video
+    from svd_xtend.boxes import load_boxes
+    from svd_xtend.tracklets import render
+
+    pipe = load_for_evaluation(folder)
+    adapter, sheets = load_boxes(pipe.unet, weights), []
+    rows = {"static copy": [], "VAE of the truth": [], "without boxes": [], "with boxes": []}
+    for i, clip in held_out("roam", count):
+        rows["static copy"].append(measure_control(np.repeat(clip.frames[:1], NUM_FRAMES, 0), clip))
+        rows["VAE of the truth"].append(measure_control(reconstruct(pipe.vae, clip), clip))
+        made = {}
+        for name, boxes in (("without boxes", None), ("with boxes", clip.tracklets())):
+            adapter.set(boxes)
+            made[name] = sample(pipe, clip, i)
+            rows[name].append(measure_control(made[name], clip))
+        if i < 6:
+            for name, frames in {"asked for": np.repeat(clip.frames[:1], NUM_FRAMES, 0), **made}.items():
+                sheets.append(sheet(name, render(map(Image.fromarray, frames), clip.tracklets(), least=160)))
+    if picture:
+        video.stack(sheets, vertical=True).save(picture)
+    return means(rows)
 
 
 if __name__ == "__main__":
@@ -354,11 +415,14 @@ if __name__ == "__main__":
     parser.add_argument("--unet_steps", type=int, default=4000)
     parser.add_argument("--evaluate", metavar="FOLDER", help="measure this SVD on held-out clips instead")
     parser.add_argument("--lora", help="with these adapters")
+    parser.add_argument("--tracklet_weights", help="measure how well boxes are followed with these")
     parser.add_argument("--domain", default="pointed", help="clips to measure on: pointed, fall")
     parser.add_argument("--clips", type=int, default=64, help="how many")
     parser.add_argument("--picture", help="PNG of the first six, truth above model")
     args = parser.parse_args()
-    if args.evaluate:
+    if args.evaluate and args.tracklet_weights:
+        print(json.dumps(evaluate_control(args.evaluate, args.tracklet_weights, args.picture, args.clips), indent=1))
+    elif args.evaluate:
         print(json.dumps(evaluate(args.evaluate, args.picture, args.domain, args.clips, args.lora), indent=1))
     elif args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Shared: the embedded SVD, a small folder of clips, and training in this process."""
 
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 
@@ -9,6 +10,7 @@ import torch
 
 import train_svd
 import train_svd_lora
+import train_svd_tracklet
 from svd_xtend.checkpoints import load_svd
 from svd_xtend.shapes import write_clips
 from svd_xtend.tiny import TINY_SVD
@@ -33,18 +35,33 @@ def pipe():
     return load_svd(str(TINY_SVD), torch.float32)
 
 
+@pytest.fixture(scope="session")
+def boxed_clips(tmp_path_factory):
+    """A base_folder of 6 roaming clips, with their boxes."""
+    folder = tmp_path_factory.mktemp("boxed")
+    write_clips(folder, "roam", 6)
+    return folder
+
+
 @pytest.fixture
-def run(clips, tmp_path):
+def run(clips, boxed_clips, tmp_path):
     """run("--max_train_steps=2", ..., lora=False): train in this process as the script would; returns the folder."""
     from accelerate.state import AcceleratorState, PartialState
 
-    def go(*flags, lora=False, output_dir=tmp_path / "out", seed=1, **hooks):
+    def go(*flags, lora=False, tracklet=False, output_dir=tmp_path / "out", seed=1, **hooks):
         AcceleratorState._reset_state(reset_partial_state=True)
-        script = train_svd_lora if lora else train_svd
-        parser = script.script_parser() if lora else train_svd.build_parser()
-        args = train_svd.parse(parser, [*QUICK, f"--base_folder={clips}", f"--output_dir={output_dir}", *flags])
+        flags = [*QUICK, f"--base_folder={boxed_clips if tracklet else clips}", f"--output_dir={output_dir}", *flags]
+        if tracklet:
+            s = train_svd_tracklet
+            args = s.script_parse(flags)
+            own = dict(
+                dataset=partial(s.TrackletDataset, args), prepare_unet=s.add_boxes, export=s.export_boxes,
+                validate=s.validate_boxes, loss=s.tracklet_loss,
+            )  # fmt: skip
+        else:
+            args = train_svd.parse(train_svd_lora.script_parser() if lora else train_svd.build_parser(), flags)
+            own = dict(prepare_unet=train_svd_lora.add_lora, export=train_svd_lora.export_lora) if lora else {}
         args.seed = seed
-        own = dict(prepare_unet=script.add_lora, export=script.export_lora) if lora else {}
         default = dict(
             dataset=train_svd.DummyDataset, prepare_unet=train_svd.select_parameters, export=train_svd.export,
             validate=train_svd.validate,

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-import train_svd
 import train_svd_lora
+import train_svd_tracklet
 from svd_xtend.tiny import TINY_SVD
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["train_svd.py", "train_svd_lora.py", "infer_svd.py"]
+SCRIPTS = ["train_svd.py", "train_svd_lora.py", "train_svd_tracklet.py", "infer_svd.py"]
 README = (ROOT / "README.md").read_text()
 
 
@@ -29,6 +30,7 @@ def depth(node, level=0):
 def test_the_spine_stays_within_its_budget():
     assert len((ROOT / "train_svd.py").read_text().splitlines()) <= 600
     assert len((ROOT / "train_svd_lora.py").read_text().splitlines()) <= 120
+    assert len((ROOT / "train_svd_tracklet.py").read_text().splitlines()) <= 180
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("svd_xtend/*.py")], ids=lambda p: p.name)
@@ -66,17 +68,16 @@ def flags(parser):
 
 
 def test_no_flag_is_unread():
-    text = "".join(
-        p.read_text() for p in [ROOT / "train_svd.py", ROOT / "train_svd_lora.py", *ROOT.glob("svd_xtend/*.py")]
-    )
-    for flag in flags(train_svd_lora.script_parser()):
+    text = "".join(p.read_text() for p in [*ROOT.glob("train_*.py"), *ROOT.glob("svd_xtend/*.py")])
+    for flag in flags(train_svd_lora.script_parser()) | flags(train_svd_tracklet.script_parser()):
         name = flag[2:]
-        assert re.search(rf"(args\.{name}\b|\"{name}\")(?!,? (type|help|action))", text.replace(f'"{flag}"', "")), flag
+        read = rf"((args|options)\.{name}\b|\"{name}\")(?!,? (type|help|action))"
+        assert re.search(read, text.replace(f'"{flag}"', "")), flag
 
 
 def test_flags_equal_the_readmes_table():
     table = set(re.findall(r"`(--\w+)`", README[README.index("## Flags") : README.index("## Files")]))
-    assert table == flags(train_svd.build_parser()) | flags(train_svd_lora.script_parser())
+    assert table == flags(train_svd_lora.script_parser()) | flags(train_svd_tracklet.script_parser())
 
 
 def test_the_readmes_tree_names_every_file():
@@ -100,20 +101,34 @@ def lora_folder(tmp_path_factory, clips):
     return out
 
 
+@pytest.fixture(scope="module")
+def box_folder(tmp_path_factory):
+    """Box control that was never trained."""
+    from svd_xtend.boxes import new_boxes, save_boxes
+    from svd_xtend.checkpoints import load_svd
+
+    folder = tmp_path_factory.mktemp("boxes")
+    save_boxes(new_boxes(load_svd(str(TINY_SVD), torch.float32).unet), folder)
+    return folder
+
+
 @pytest.mark.parametrize("command", readme_commands(), ids=lambda c: re.sub(r"\W+", "_", c)[:50])
-def test_every_readme_command_runs(command, tmp_path, clips, lora_folder):
+def test_every_readme_command_runs(command, tmp_path, clips, boxed_clips, lora_folder, box_folder):
     """As printed, but: paths that stand for a user's own are real ones, one process on the CPU, and the size, the
     length and the output folder of a test."""
     swap = {
-        "/path/to/weight": TINY_SVD, "/path/to/frames": clips, "photo.jpg": clips / "fall0000" / "000.png",
-        "outputs/lora": lora_folder, '--mixed_precision="fp16"': "", "accelerate launch": sys.executable,
+        "/path/to/weight": TINY_SVD, "/path/to/frames": boxed_clips, "/path/to/annotations": boxed_clips,
+        "photo.jpg": clips / "fall0000" / "000.png", "path.json": boxed_clips / "roam0000" / "tracklets.json",
+        "outputs/lora": lora_folder, "outputs/tracklet/stage3": box_folder, "outputs/tracklet/stage1": box_folder,
+        "gt/gt.txt": boxed_clips / "roam0000" / "tracklets.json", "img1": boxed_clips / "roam0000",
+        '--mixed_precision="fp16"': "", "accelerate launch": sys.executable,
         "--multi_gpu --num_processes 8": "",
     }  # fmt: skip
     for old, new in swap.items():
         command = command.replace(old, str(new))
     command = re.sub("^python ", f"{sys.executable} ", command)
     flags = f" --output_dir={tmp_path}"
-    if "svd_xtend.lora" not in command:
+    if "-m svd_xtend" not in command:
         flags += " --width=64 --height=48 --num_frames=8 --num_inference_steps=1"
     if "train_" in command:
         flags += " --max_train_steps=1"

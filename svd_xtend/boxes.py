@@ -1,0 +1,348 @@
+"""Box control on the stock UNet: tokens of tracklets, gated self-attention, Instance Enhancer; attach and detach.
+
+    adapter = load_boxes(pipe.unet, "outputs/tracklet/stage3")     # a stock StableVideoDiffusionPipeline
+    adapter.set(tracklets)                                         # svd_xtend.tracklets.Tracklets, padded to its slots
+    pipe(image, ...)                                               # boxes steer; adapter.detach() takes it off again
+
+In each spatial transformer block, where diffusers' GLIGEN branch has its place:
+
+    x = x + attn1(x)                                                 stock
+    x = x + tanh(a) attn([x; boxes])[: hw],  x = x + tanh(b) ff(x)   every block    Boximator Sec. 4.1, GLIGEN Eq. 8
+    x = x + tanh(c) attn(x, instances),      x = x + tanh(d) ff(x)   decoder only   TrackDiffusion's Instance Enhancer
+    x = x + attn2(x, image),  x = x + ff(x)                          stock
+
+The gates a, b, c, d start at 0: a fresh adapter changes nothing. Next: train_svd_tracklet.py.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from diffusers.models.attention import FeedForward, GatedSelfAttentionDense
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import get_timestep_embedding
+from einops import rearrange, repeat
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+FILE_NAME = "tracklet_weights.safetensors"
+FREQUENCIES = 8  # Boximator, Sec. 4.1: cos and sin of x 100^(k / 8), k = 0 .. 7
+POOL = 4  # points on each side of a box, whose mean is its appearance
+
+
+def fourier(x):
+    """(..., k) scalars in [0, 1] -> (..., 16 k): cosines, then sines."""
+    scale = 100 ** (torch.arange(FREQUENCIES, device=x.device, dtype=torch.float32) / FREQUENCIES)
+    angles = (x.float()[..., None] * scale).flatten(-2)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def pool_boxes(x, boxes, height, width):
+    """Mean of the features x (b, h w, c) inside each of boxes (b, n, 4): 1x1 RoI align, (b, n, c).
+
+    Bilinear samples on a 4 x 4 grid; a box without area, on the picture's border, gives what is there."""
+    ticks = (torch.arange(POOL, device=x.device, dtype=torch.float32) + 0.5) / POOL
+    corner, size = boxes[..., :2].float(), (boxes[..., 2:] - boxes[..., :2]).float()
+    points = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).flatten(0, 1)
+    grid = 2 * (corner[:, :, None] + points * size[:, :, None]) - 1
+    maps = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
+    samples = nn.functional.grid_sample(maps, grid.to(x.dtype), padding_mode="border", align_corners=False)
+    return rearrange(samples.mean(-1), "b c n -> b n c")
+
+
+def foreground_weight(boxes, height, width, weight):
+    """(b, f, n, 4) -> (b, f, 1, height, width) of mean 1: `weight` times as much inside boxes (TrackDiffusion: 2)."""
+    x0, y0, x1, y1 = boxes.float()[..., None, None].unbind(3)
+    y, x = ((torch.arange(side, device=boxes.device) + 0.5) / side for side in (height, width))
+    inside = ((x0 < x) & (x < x1) & (y0 < y[:, None]) & (y[:, None] < y1)).any(2, keepdim=True)
+    map = 1 + (weight - 1) * inside.float()
+    return map / map.mean((1, 2, 3, 4), keepdim=True)
+
+
+class BoxEncoder(nn.Module):
+    """Tokens of boxes: MLP(Fourier([xyxy, colour, hard])); slots without an object get one learned token (Boximator)."""
+
+    def __init__(self, token_dim, hidden=512):
+        super().__init__()
+        sizes = [8 * 2 * FREQUENCIES, hidden, hidden, hidden]
+        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, token_dim))
+        self.null = nn.Parameter(torch.zeros(token_dim))
+
+    def forward(self, boxes, valid, hard, colors):
+        """(b, f, n, 4), (b, f, n), (b, f, n), (b, n, 3) -> (b, f, n, token_dim)."""
+        colors = repeat(colors, "b n c -> b f n c", f=boxes.shape[1])
+        tokens = self.mlp(fourier(torch.cat([boxes, colors, hard[..., None]], -1)).to(self.null.dtype))
+        valid = valid[..., None].to(tokens.dtype)
+        return valid * tokens + (1 - valid) * self.null  # a blend: every parameter has a gradient in every step
+
+
+class InstanceEnhancer(nn.Module):
+    """One query for an object from its appearance and its box, mixed over the frames, read by all visual tokens."""
+
+    def __init__(self, channels, token_dim, heads):
+        super().__init__()
+        size = {"heads": heads, "dim_head": channels // heads}
+        self.null = nn.Parameter(torch.zeros(channels))
+        self.fuse = nn.Sequential(
+            nn.Linear(channels + token_dim, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU(),
+            nn.Linear(channels, channels),
+        )  # fmt: skip
+        self.norm_time, self.norm1, self.norm2 = (nn.LayerNorm(channels) for _ in range(3))
+        self.time_attn = Attention(channels, **size)
+        self.attn = Attention(channels, cross_attention_dim=channels, **size)
+        self.ff = FeedForward(channels, activation_fn="geglu")
+        self.alpha_attn, self.alpha_dense = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x, control, height, width):
+        """x (b f, h w, c) -> the same; control: see BoxAdapter.prepare."""
+        tokens, boxes, valid, f = control
+        valid = valid[..., None].to(x.dtype)
+        appearance = valid * pool_boxes(x, boxes, height, width) + (1 - valid) * self.null
+        instances = self.fuse(torch.cat([appearance.to(tokens.dtype), tokens], -1))
+        b, n, c = instances.shape
+        frames = get_timestep_embedding(torch.arange(f, device=x.device), c).to(instances.dtype)
+        instances = rearrange(instances, "(b f) n c -> (b n) f c", f=f) + frames
+        instances = instances + self.time_attn(self.norm_time(instances))
+        instances = rearrange(instances, "(b n) f c -> (b f) n c", n=n)
+        x = x + self.alpha_attn.tanh() * self.attn(self.norm1(x), instances)
+        return x + self.alpha_dense.tanh() * self.ff(self.norm2(x))
+
+
+class BoxLayer(nn.Module):
+    """What one spatial block gains. Computes in its own dtype outside autocast, and answers in that of x."""
+
+    def __init__(self, channels, token_dim, heads, enhancer):
+        super().__init__()
+        self.fuser = GatedSelfAttentionDense(channels, token_dim, heads, channels // heads)
+        self.injector = InstanceEnhancer(channels, token_dim, heads) if enhancer else None
+        self.size = None  # (h, w) of the block's features, known when they come
+
+    def forward(self, x, control):
+        own = self.fuser.linear.weight.dtype
+        out = x if torch.is_autocast_enabled(x.device.type) else x.to(own)
+        out = self.fuser(out, control[0])
+        if self.injector:
+            out = self.injector(out, control, *self.size)
+        return out.to(x.dtype)
+
+
+class BoxAdapter(nn.Module):
+    """Encoder and layers for one UNet, which stays as it is: the adapter hangs on by hooks and is none of its children.
+
+    blocks: {path of a spatial transformer block: (channels, heads)}; enhancer: Instance Enhancers in the decoder;
+    slots: objects a clip may have. `set` decides which boxes hold, until the next `set`: backward under gradient
+    checkpointing runs the blocks again and must find the same ones.
+    """
+
+    def __init__(self, blocks, token_dim, slots=8, enhancer=True):
+        super().__init__()
+        self.config = {"blocks": blocks, "token_dim": token_dim, "slots": slots, "enhancer": enhancer}
+        self.position_net = BoxEncoder(token_dim)
+        self.layers = nn.ModuleDict(
+            {
+                path.replace(".", "/"): BoxLayer(channels, token_dim, heads, enhancer and path.startswith("up_blocks"))
+                for path, (channels, heads) in blocks.items()
+            }
+        )
+        self.control = self.current = self.parts = None
+        self.unet_names = []  # parameters of the UNet that were trained with it, and are saved with it
+        self.enabled, self.box_guidance_scale, self.hooks, self.unet = True, 1.0, [], []
+
+    # ------------------------------------------------------------------------------------------------ attach, detach
+
+    def attach(self, unet):
+        """Hang the layers on `unet`; its parameters, state_dict and LoRA targets stay those of the stock model."""
+        check_blocks(self.config["blocks"], unet, "the adapter")
+        self.detach()
+        self.unet.append(unet)  # in a list: not a child
+        self.hooks = [
+            unet.register_forward_pre_hook(self.before_unet, with_kwargs=True),
+            unet.register_forward_hook(self.after_unet),
+        ]
+        for key, layer in self.layers.items():
+            path = key.replace("/", ".")
+            block, transformer = unet.get_submodule(path), unet.get_submodule(path.rsplit(".", 2)[0])
+            object.__setattr__(block, "fuser", layer)  # not registered; diffusers' GLIGEN branch looks for this name
+            self.hooks += [
+                block.register_forward_pre_hook(self.before_block, with_kwargs=True),
+                transformer.register_forward_pre_hook(lambda m, args, layer=layer: note_size(layer, args[0])),
+            ]
+        return self
+
+    def detach(self):
+        """Leave the UNet as it was."""
+        for hook in self.hooks:
+            hook.remove()
+        for unet in self.unet:
+            for path in self.config["blocks"]:
+                unet.get_submodule(path).__dict__.pop("fuser", None)
+        self.hooks, self.unet = [], []
+
+    # --------------------------------------------------------------------------------------------------------- boxes
+
+    def set(self, tracklets=None, **cond):
+        """The boxes that hold from here on: a Tracklets (one clip), or batched tensors boxes (b, f, n, 4), valid and
+        hard (b, f, n), colors (b, n, 3). None: no boxes, the stock UNet."""
+        if tracklets is not None:
+            n = tracklets.pad(self.config["slots"]) if len(tracklets.ids) < self.config["slots"] else tracklets
+            cond = {k: torch.from_numpy(v)[None] for k, v in n.cond().items()}
+        self.control = cond or None
+
+    def until(self, tau, steps):
+        """A pipeline's callback_on_step_end that lets the boxes hold for the first tau of its steps, and the stock UNet
+        for the rest (GLIGEN, Sec. 4: scheduled sampling)."""
+        self.enabled = tau > 0
+
+        def callback(pipe, i, t, tensors):
+            self.enabled = (i + 1) % steps < tau * steps  # at the last step: ready for the next clip
+            return tensors
+
+        return callback
+
+    def tokens(self, cond, copies, f):
+        """What blocks are handed: tokens (b f, n, d), boxes (b f, n, 4), valid (b f, n), f. `copies`: for each part of
+        the batch, whether it has the boxes (1) or none (0)."""
+        if cond["boxes"].shape[1] != f:
+            raise ValueError(f"boxes of {cond['boxes'].shape[1]} frames, but the clip has {f}: cut them with window()")
+        device = self.position_net.null.device
+        cond = {
+            k: torch.cat([v.to(device) * (copy if k == "valid" else 1) for copy in copies]) for k, v in cond.items()
+        }
+        tokens = self.position_net(**cond)
+        flat = (rearrange(x, "b f ... -> (b f) ...") for x in (tokens, cond["boxes"], cond["valid"]))
+        return (*flat, f)
+
+    # --------------------------------------------------------------------------------------------------------- hooks
+
+    def before_unet(self, unet, args, kwargs):
+        """Encode the boxes once a forward. A batch of twice as many clips is the pipeline's [unconditional,
+        conditional]: the first half has none. With a box guidance scale, the conditional part runs once more without.
+        """
+        self.current = self.parts = None
+        if self.control is None or not self.enabled:
+            return None
+        sample = args[0] if args else kwargs["sample"]
+        clips, b = len(sample), len(self.control["boxes"])
+        if clips not in (b, 2 * b):
+            raise ValueError(
+                f"boxes of {b} clip(s) do not fit a batch of {clips}; it must be {b}, or {2 * b} under guidance"
+            )
+        copies = [0, 1] if clips == 2 * b else [1]
+        if self.box_guidance_scale != 1:
+            self.parts = copies = [*copies[:-1], 0, 1]
+
+            def again(x):
+                return torch.cat([x, x[-b:]]) if torch.is_tensor(x) and x.ndim and len(x) == clips else x
+
+            args, kwargs = tuple(map(again, args)), {k: again(v) for k, v in kwargs.items()}
+        self.current = self.tokens(self.control, copies, sample.shape[1])
+        return args, kwargs
+
+    def after_unet(self, unet, args, output):
+        """e + s (e_boxes - e) in place of e_boxes, where a box guidance scale s made `before_unet` ask for both."""
+        if not self.parts:
+            return None
+        sample = output[0]
+        *rest, plain, boxed = sample.chunk(len(self.parts))
+        sample = torch.cat([*rest, plain + self.box_guidance_scale * (boxed - plain)])
+        return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
+
+    def before_block(self, block, args, kwargs):
+        if self.current is None:
+            return None
+        return args, {**kwargs, "cross_attention_kwargs": {"gligen": {"objs": self.current}}}
+
+
+def note_size(layer, hidden_states):
+    layer.size = tuple(hidden_states.shape[-2:])
+
+
+class ControlledUNet(nn.Module):
+    """UNet and adapter as one module, for DDP and checkpoints; boxes are keyword arguments."""
+
+    def __init__(self, unet, adapter):
+        super().__init__()
+        self.unet, self.adapter = unet, adapter
+
+    def forward(self, *args, **cond):
+        self.adapter.set(**cond)
+        return self.unet(*args)
+
+
+# ------------------------------------------------------------------------------------------------ make, save, load
+
+
+def spatial_blocks(unet):
+    """{path: (channels, heads)} of the spatial transformer blocks; 16 in SVD."""
+    return {
+        path: (block.norm1.normalized_shape[0], block.attn1.heads)
+        for path, block in unet.named_modules()
+        if re.search(r"attentions\.\d+\.transformer_blocks\.\d+$", path)
+    }
+
+
+def check_blocks(blocks, unet, source):
+    """Raise where `blocks` are not the UNet's."""
+    own = spatial_blocks(unet)
+    for path in sorted(blocks.keys() | own.keys()):
+        has, needs = (own.get(path), tuple(blocks[path]) if path in blocks else None)
+        if has != needs:
+            raise ValueError(
+                f"{source}: is for another UNet; {path} has (channels, heads) {has} here and {needs} there"
+            )
+
+
+def new_boxes(unet, slots=8, token_dim=None, enhancer=True, seed=0):
+    """A fresh adapter, attached: the output is bit for bit that of the UNet. token_dim: by default that of CLIP."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapter = BoxAdapter(spatial_blocks(unet), token_dim or unet.config.cross_attention_dim, slots, enhancer)
+    return adapter.attach(unet)
+
+
+def public_name(name):
+    """layers.up_blocks/1/..., as a ModuleDict must name it -> up_blocks.1..., as GLIGEN and TrackDiffusion do."""
+    return name.removeprefix("layers.").replace("/", ".")
+
+
+def save_boxes(adapter, folder, unet_parameters=None, dtype=torch.float32):
+    """Write `folder`/tracklet_weights.safetensors: the adapter, its configuration, and UNet parameters trained with it
+    ({name: tensor}, under the prefix `unet.`)."""
+    tensors = {public_name(k): v for k, v in adapter.state_dict().items()}
+    tensors |= {f"unet.{k}": v for k, v in (unet_parameters or {}).items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "box_adapter": json.dumps(adapter.config)}
+    save_file(
+        {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}, Path(folder, FILE_NAME), metadata
+    )
+
+
+def load_boxes(unet, file):
+    """The adapter in `file` (or its folder), attached to `unet`, whose own trained parameters it brings along."""
+    file = Path(file, FILE_NAME) if Path(file).is_dir() else Path(file)
+    if not file.is_file():
+        raise ValueError(f"--tracklet_weights {file}: no such file")
+    with safe_open(file, "pt") as f:
+        metadata, tensors = f.metadata() or {}, {key: f.get_tensor(key).float() for key in f.keys()}
+    if "box_adapter" not in metadata:
+        raise ValueError(f"--tracklet_weights {file}: not weights of box control (no box_adapter in its metadata)")
+    config = json.loads(metadata["box_adapter"])
+    config["blocks"] = {path: tuple(size) for path, size in config["blocks"].items()}
+    check_blocks(config["blocks"], unet, f"--tracklet_weights {file}")
+    adapter = BoxAdapter(**config)
+    own = {public_name(name): tensor for name, tensor in adapter.state_dict(keep_vars=True).items()}
+    own |= {f"unet.{name}": p for name, p in unet.named_parameters() if f"unet.{name}" in tensors}
+    wrong = [
+        k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"--tracklet_weights {file}: {len(wrong)} tensors are missing, unknown or of another shape: {sorted(wrong)[:3]}"
+        )
+    for name, tensor in tensors.items():
+        own[name].data.copy_(tensor)
+    adapter.unet_names = [name.removeprefix("unet.") for name in tensors if name.startswith("unet.")]
+    return adapter.to(unet.device, unet.dtype).attach(unet)

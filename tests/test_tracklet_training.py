@@ -1,0 +1,317 @@
+"""Training box control: what an item holds, what each stage does, what is saved, what inference makes of it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_svd_tracklet as script
+from svd_xtend import boxes as b
+from svd_xtend import tracklets as t
+from svd_xtend.checkpoints import load_svd
+from svd_xtend.lora import inject_lora, save_lora
+from svd_xtend.shapes import make_clip
+from svd_xtend.tiny import TINY_SVD
+from train_svd import DummyDataset, svd_loss
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def dataset(folder, *flags):
+    args = script.script_parse([f"--base_folder={folder}", "--width=64", "--height=48", *flags])
+    return script.TrackletDataset(args, folder, 64, 48, 8, 7, 127, "crop", 5)
+
+
+def index_of(data, name):
+    """A sample index at which the clip of this name is drawn."""
+    plain = [np.random.default_rng((data.seed, 0)).permutation(len(data))[i] for i in range(len(data))]
+    return plain.index([frames[0].parent.name for frames, _ in data.clips].index(name))
+
+
+# --------------------------------------------------------------------------------------------------------------- items
+
+
+def test_an_item_is_the_dummy_datasets_and_the_boxes_of_its_window(boxed_clips):
+    data = dataset(boxed_clips, "--draw_boxes=no", "--soft_boxes=0", "--box_dropout=0")
+    plain = DummyDataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
+    item, index = data[index_of(data, "roam0002")], index_of(data, "roam0002")
+    assert (item["pixel_values"] == plain[index]["pixel_values"]).all()
+    clip = make_clip((0, 2), "roam")
+    n = len(clip.kinds)
+    np.testing.assert_allclose(item["cond"]["boxes"][:, :n], clip.boxes, atol=1e-4)
+    assert item["cond"]["valid"][:, :n].all() and not item["cond"]["valid"][:, n:].any()
+    assert {k: v.shape for k, v in item["cond"].items()} == {
+        "boxes": (8, 8, 4), "valid": (8, 8), "hard": (8, 8), "colors": (8, 3)
+    }  # fmt: skip
+
+
+def test_stage_1_draws_exact_boxes_2_hides_them_in_soft_ones_3_draws_nothing(boxed_clips):
+    plain = DummyDataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
+    items = {stage: dataset(boxed_clips, f"--stage={stage}", "--box_dropout=0")[3] for stage in (1, 2, 3)}
+    clean = plain[3]["pixel_values"]
+    for stage, item in items.items():
+        assert (item["pixel_values"][0] == clean[0]).all()  # the condition
+        assert (item["pixel_values"][1:] != clean[1:]).any() == (stage != 3)
+    assert (items[1]["pixel_values"] == items[2]["pixel_values"]).all()  # the true boxes are drawn, not the soft ones
+    valid = items[1]["cond"]["valid"] > 0
+    assert (items[1]["cond"]["hard"][valid] == 1).all() and items[2]["cond"]["hard"][valid].mean() < 0.6
+    true, shown = items[1]["cond"]["boxes"][valid], items[2]["cond"]["boxes"][valid]
+    assert (shown[:, :2] <= true[:, :2]).all() and (shown[:, 2:] >= true[:, 2:]).all() and (shown != true).any()
+    defaults = [script.script_parse([f"--stage={s}"]) for s in (1, 2, 3)]
+    assert [(a.learning_rate, a.max_train_steps) for a in defaults] == [(2e-4, 50000), (3e-5, 50000), (3e-5, 10000)]
+
+
+def test_a_quarter_of_the_clips_has_no_boxes_and_none_is_drawn_there(boxed_clips):
+    data, plain = dataset(boxed_clips), DummyDataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
+    items = [data[i] for i in range(120)]
+    empty = [i for i, item in enumerate(items) if not item["cond"]["valid"].any()]
+    assert len(empty) / 120 == pytest.approx(0.25, abs=0.1)
+    assert all((items[i]["pixel_values"] == plain[i]["pixel_values"]).all() for i in empty)
+
+
+def test_mirrored_clips_have_mirrored_boxes(boxed_clips):
+    flags = "--draw_boxes=no", "--soft_boxes=0", "--box_dropout=0"
+    there, mirrored = dataset(boxed_clips, *flags)[1], dataset(boxed_clips, *flags, "--flip_prob=1")[1]
+    assert (there["pixel_values"] == mirrored["pixel_values"][..., ::-1]).all()
+    x0, x1 = there["foreground"][..., 0], mirrored["foreground"][..., 2]
+    np.testing.assert_allclose(x0[x0 > 0], 1 - x1[x0 > 0], atol=1e-6)
+
+
+def test_colours_change_from_sample_to_sample_and_items_repeat(boxed_clips):
+    data = dataset(boxed_clips)
+    assert len({data[i]["cond"]["colors"].tobytes() for i in range(6)}) > 3
+    for key, value in dataset(boxed_clips)[4]["cond"].items():
+        assert (value == data[4]["cond"][key]).all()
+
+
+def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(boxed_clips, clips, tmp_path, caplog):
+    shutil.copytree(boxed_clips, tmp_path / "some")
+    (tmp_path / "some" / "roam0001" / "tracklets.json").unlink()
+    data = dataset(tmp_path / "some", "--box_dropout=0")
+    assert "1 videos train without boxes: roam0001" in caplog.text
+    assert not data[index_of(data, "roam0001")]["cond"]["valid"].any()
+    for file in (tmp_path / "some").glob("*/tracklets.json"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match="^--tracklets .*: no boxes for any video of --base_folder .*, roam0000 for one"
+    ):
+        dataset(tmp_path / "some")
+    with pytest.raises(ValueError, match=r"tracklets.json: the file: expected JSON"):
+        (tmp_path / "some" / "roam0001" / "tracklets.json").write_text("{")
+        dataset(tmp_path / "some")
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--box_dropout=1.5"], "--box_dropout 1.5: must be between 0 and 1"),
+        (["--validation_tracklets", "a.json"], "--validation_tracklets"),
+        (["--stage=4"], "--stage"),
+    ],
+)
+def test_bad_flags_are_one_error(flags, told, capsys):
+    with pytest.raises(SystemExit):
+        script.script_parse(flags)
+    assert told in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_foreground_weight_moves_the_loss_to_the_boxes(pipe, boxed_clips):
+    """At weight 1 it is svd_loss; the weighted loss is the mean of the squared error under a weight of mean 1."""
+    args = script.script_parse(["--seed=3", "--width=64", "--height=48", "--P_mean=0.7", "--P_std=1.6", "--conditioning_dropout_prob=0"])  # fmt: skip
+    data = dataset(boxed_clips, "--box_dropout=0")
+    items = torch.utils.data.default_collate([data[0], data[1]])
+    batch = {**items, "pixel_values": items["pixel_values"].float() / 127.5 - 1}
+    model = b.ControlledUNet(pipe.unet, b.new_boxes(pipe.unet))
+    with torch.no_grad():
+        plain = svd_loss(model, pipe, batch, args)
+        assert torch.equal(script.tracklet_loss(model, pipe, batch, args), plain)
+        args.foreground_weight = 2.0
+        heavy = script.tracklet_loss(model, pipe, batch, args)
+        batch["foreground"] = torch.tensor([0.0, 0, 1, 1]).expand(batch["foreground"].shape)
+        everywhere = script.tracklet_loss(model, pipe, batch, args)
+    assert not torch.allclose(heavy, plain, rtol=1e-3)
+    torch.testing.assert_close(everywhere, plain)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Box control with open gates, as after some training, in a folder."""
+    pipe, folder = load_svd(str(TINY_SVD), torch.float32), tmp_path_factory.mktemp("boxes")
+    adapter = b.new_boxes(pipe.unet)
+    for name, p in adapter.named_parameters():
+        if "alpha" in name:
+            p.data += 0.5
+    b.save_boxes(adapter, folder)
+    return folder
+
+
+def test_a_run_renders_saves_only_the_adapter_and_ends_in_loadable_weights(run, boxed_clips):
+    image = boxed_clips / "roam0001" / "000.png"
+    out = run("--max_train_steps=2", "--validation_steps=2", "--num_inference_steps=1", f"--validation_image={image}", "--checkpointing_steps=1", tracklet=True)  # fmt: skip
+    saved = load_file(out / "checkpoint-2" / "trained.safetensors")
+    assert all(name.startswith("adapter.") for name in saved)
+    assert (out / "comparison.gif").exists()
+    shown = Image.open(next((out / "validation").glob("step000002_*.png")))
+    assert shown.width > 8 * 2 * 256  # clean and boxed, side by side, eight frames a row
+    unet = load_svd(str(TINY_SVD), torch.float32).unet
+    adapter = b.load_boxes(unet, out)
+    for name, p in adapter.state_dict().items():
+        assert torch.equal(p, saved[f"adapter.{name}"])
+
+
+def test_resumed_run_equals_uninterrupted_run(run, tmp_path):
+    flags = ["--checkpointing_steps=2", "--lr_warmup_steps=1", "--use_ema"]
+    run("--max_train_steps=4", *flags, tracklet=True, output_dir=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
+    run("--max_train_steps=4", *flags, tracklet=True, output_dir=tmp_path / "killed")
+    for name in ("trained.safetensors", "ema.safetensors"):
+        files = [tmp_path / folder / "checkpoint-4" / name for folder in ("whole", "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_stage_starts_where_the_last_one_ended(run, tmp_path, weights):
+    out = run("--stage=2", f"--tracklet_weights={weights}", "--max_train_steps=1", "--learning_rate=0", tracklet=True)
+    assert_equal_files(out / b.FILE_NAME, weights / b.FILE_NAME)
+    with pytest.raises(ValueError, match=r"--tracklet_weights: has \(max_objects, no_enhancer\) \(8, False\)"):
+        run(f"--tracklet_weights={weights}", "--max_objects=4", tracklet=True, output_dir=tmp_path / "other")
+
+
+def assert_equal_files(a, other):
+    a, other = load_file(a), load_file(other)
+    assert a.keys() == other.keys() and all(torch.equal(a[k], other[k]) for k in a)
+
+
+def test_parts_of_the_unet_train_along_are_saved_and_go_on_in_the_next_stage(run, tmp_path, weights):
+    first = run(
+        f"--tracklet_weights={weights}",
+        "--train_params",
+        "time_mixer",
+        "conv_in",
+        "--max_train_steps=2",
+        tracklet=True,
+    )
+    saved = {name for name in load_file(first / b.FILE_NAME) if name.startswith("unet.")}
+    assert "unet.conv_in.weight" in saved and any("time_mixer" in name for name in saved)
+    base, tuned = (load_svd(str(TINY_SVD), torch.float32).unet for _ in range(2))
+    b.load_boxes(tuned, first)
+    assert not torch.equal(base.conv_in.weight, tuned.conv_in.weight)
+    assert torch.equal(base.conv_out.weight, tuned.conv_out.weight)
+    second = run(f"--tracklet_weights={first}", "--max_train_steps=1", tracklet=True, output_dir=tmp_path / "second")
+    assert saved <= load_file(second / b.FILE_NAME).keys()
+
+
+def test_a_lora_lies_under_the_boxes_and_stays_as_it_is(run, pipe, tmp_path):
+    inject_lora(pipe.unet, 2, 2, ["attention"])
+    save_lora(pipe.unet, tmp_path / "lora")
+    out = run(f"--lora={tmp_path / 'lora'}", "--train_params", "lora_A", "--max_train_steps=1", tracklet=True)
+    assert not any("lora" in name for name in load_file(out / "checkpoint-1" / "trained.safetensors"))
+
+
+def test_half_precision_trains_and_renders(run, boxed_clips):
+    from svd_xtend.runs import fast_bf16
+
+    if not fast_bf16():
+        pytest.skip("no bfloat16 here")
+    image = boxed_clips / "roam0001" / "000.png"
+    out = run("--mixed_precision=bf16", "--train_params", "conv_in", "--max_train_steps=1", "--validation_steps=1",
+              "--num_inference_steps=1", f"--validation_image={image}", tracklet=True)  # fmt: skip
+    assert all(v.dtype == torch.float32 for v in load_file(out / "checkpoint-1" / "trained.safetensors").values())
+
+
+def test_two_processes_take_the_step_that_one_would(boxed_clips, tmp_path):
+    """Same samples, averaged gradients: the adapters of 2 processes x 1 clip are those of 1 x 2, but for rounding."""
+    flags = ["--width=64", "--height=48", "--num_workers=0", "--validation_steps=0", "--max_train_steps=2", "--seed=1",
+             "--learning_rate=1e-3", "--lr_warmup_steps=0", "--lr_scheduler=constant", "--adam_epsilon=1", f"--base_folder={boxed_clips}"]  # fmt: skip
+    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    logs = {}
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--master_port=0",
+                   "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train_svd_tracklet.py", *flags,
+                   f"--per_gpu_batch_size={2 // count}", f"--output_dir={tmp_path / str(count)}"]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs[count] = done.stdout + done.stderr
+    assert "2 process(es)" in logs[2] and "1 process(es)" in logs[1]
+    one, two = (load_file(tmp_path / str(count) / b.FILE_NAME) for count in (1, 2))
+    start = untrained()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-8)
+    assert any((one[name] - start[name]).abs().max() > 0 for name in one)
+
+
+def untrained():
+    unet = load_svd(str(TINY_SVD), torch.float32).unet
+    return {b.public_name(k): v for k, v in b.new_boxes(unet, seed=1).state_dict().items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- inference
+
+
+def infer(tmp_path, *flags):
+    """infer_svd.py in this process; returns its folder."""
+    import infer_svd
+
+    args = infer_svd.build_parser().parse_args(
+        ["--num_inference_steps=2", f"--output_dir={tmp_path}", *map(str, flags)]
+    )
+    infer_svd.main(args)
+    return tmp_path
+
+
+def test_inference_heeds_the_boxes_and_shows_them_beside_the_clean_clip(tmp_path, boxed_clips, weights):
+    image = boxed_clips / "roam0001" / "000.png"
+    path = {"frames": 8, "tracklets": [{"id": "it", "boxes": {"0": [0.1, 0.1, 0.4, 0.5], "7": [0.6, 0.5, 0.9, 0.9]}}]}
+    (tmp_path / "path.json").write_text(json.dumps(path))
+    given = ["--tracklets", tmp_path / "path.json", "--tracklet_weights", weights, "--image", image]
+    name = "roam0001_000.png"
+    out = infer(tmp_path / "with", *given)
+    stock = infer(tmp_path / "stock", "--image", image)
+    late = infer(tmp_path / "late", *given, "--box_tau=0")
+    far = infer(tmp_path / "far", *given, "--box_guidance_scale=2")
+    pictures = {p.name: (p / name).read_bytes() for p in (out, stock, late, far)}
+    assert pictures["stock"] == pictures["late"] != pictures["with"] != pictures["far"]
+    assert (out / "roam0001_000_boxes.mp4").exists() and not (stock / "roam0001_000_boxes.mp4").exists()
+
+
+def test_soft_boxes_are_shown_relaxed_to_the_model(tmp_path, boxed_clips, weights):
+    """Two keyframes, and the same path given in every frame, are not the same request."""
+    image = boxed_clips / "roam0001" / "000.png"
+    start, end = np.array([0.1, 0.1, 0.4, 0.5]), np.array([0.6, 0.5, 0.9, 0.9])
+    dense = {str(f): ((7 - f) / 7 * start + f / 7 * end).tolist() for f in range(8)}
+    for name, boxes in (("keys", {"0": start.tolist(), "7": end.tolist()}), ("dense", dense)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"frames": 8, "tracklets": [{"boxes": boxes}]}))
+    clips = [infer(tmp_path / n, "--tracklets", tmp_path / f"{n}.json", "--tracklet_weights", weights, "--image", image) for n in ("keys", "dense")]  # fmt: skip
+    assert len({(clip / "roam0001_000.png").read_bytes() for clip in clips}) == 2
+
+
+def test_boxes_of_nothing_are_an_error_that_names_the_file(tmp_path, weights):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="none.json: cannot be read as an annotation file"):
+        infer(tmp_path, "--image", tmp_path / "a.png", "--tracklets", tmp_path / "none.json", "--tracklet_weights", weights)  # fmt: skip
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real clip is not part of the repo")
+def test_a_real_clip_trains_with_its_motchallenge_boxes(run, tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "mammoth_rhino").symlink_to(DATA / "mammoth_rhino" / "img1")
+    out = run(f"--base_folder={tmp_path / 'videos'}", f"--tracklets={DATA / 'mammoth_rhino' / 'gt' / 'gt.txt'}",
+              "--max_train_steps=1", "--validation_steps=1", "--num_inference_steps=1", tracklet=True)  # fmt: skip
+    assert (out / b.FILE_NAME).exists() and (out / "comparison.png").exists()
+    (own,) = t.read_tracklets(DATA / "mammoth_rhino" / "gt" / "gt.txt").values()
+    seen = t.fit(own, (854, 480), 64, 48, "crop", 0, 8, 8)
+    assert seen.valid[:, :2].all() and not seen.valid[:, 2:].any()

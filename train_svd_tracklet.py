@@ -1,0 +1,180 @@
+"""Train box control for Stable Video Diffusion: objects follow boxes over time (tracklets).
+
+    bash train_svd_tracklet.sh                                       # the embedded SVD on moving shapes, three stages
+    accelerate launch train_svd_tracklet.py --stage 2 --pretrained_model_name_or_path=/path/to/weight \\
+        --base_folder=/path/to/frames --tracklets=/path/to/annotations --tracklet_weights=outputs/tracklet/stage1
+
+The loop of train_svd.py; the UNet is frozen, layers that see the boxes train (Boximator, arXiv 2402.01566, Sec. 4):
+
+    stage   target frames            boxes           learning rate   steps
+    1       with the boxes drawn in  exact           2e-4            5 parts    self-tracking
+    2       with the boxes drawn in  80 % soft       3e-5            5 parts
+    3       clean                    80 % soft       3e-5            1 part
+
+All flags of train_svd.py hold. Next: svd_xtend/boxes.py, svd_xtend/tracklets.py.
+"""
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from svd_xtend import tracklets as t
+from svd_xtend import video
+from svd_xtend.checkpoints import trainable_parameters
+from svd_xtend.runs import autocast_forward
+from train_svd import DummyDataset, build_parser, parse, svd_loss, train, validate
+
+STAGES = {
+    1: dict(draw_boxes="yes", soft_boxes=0.0, learning_rate=2e-4, max_train_steps=50000),
+    2: dict(draw_boxes="yes", soft_boxes=0.8, learning_rate=3e-5, max_train_steps=50000),
+    3: dict(draw_boxes="no", soft_boxes=0.8, learning_rate=3e-5, max_train_steps=10000),
+}
+logger = logging.getLogger("svd_xtend")
+
+
+class TrackletDataset(DummyDataset):
+    """DummyDataset whose items also hold `cond`, the boxes that the model is shown, and `foreground` (f, n, 4), where
+    the objects are. Boxes are drawn into frames 1 on with --draw_boxes; frame 0, the condition, is always clean."""
+
+    def __init__(self, options, base_folder, *args):
+        super().__init__(base_folder, *args)
+        self.options, self.tracklets = options, []
+        for frames, _ in self.clips:
+            size = video.load_image(frames[0]).size
+            own = t.tracklets_of(options.tracklets or base_folder, frames[0].parent.name, size, len(self.clips) == 1)
+            self.tracklets.append((own, size))
+        bare = [clip[0][0].parent.name for clip, (own, _) in zip(self.clips, self.tracklets) if own is None]
+        source = f"--tracklets {options.tracklets or base_folder}"
+        if len(bare) == len(self.clips):
+            raise ValueError(f"{source}: no boxes for any video of --base_folder {base_folder}, {bare[0]} for one. "
+                             f"Expected a file that names it, or {bare[0]}.json, .txt, /tracklets.json, /gt/gt.txt")  # fmt: skip
+        if bare:
+            logger.warning("%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5]))
+
+    def read_window(self, clip, start, index):
+        item, (own, size), options = super().read_window(clip, start, index), self.tracklets[clip], self.options
+        rng = np.random.default_rng((self.seed, index, 1))
+        f, n = self.sample_frames, options.max_objects
+        own = own or t.Tracklets.empty(start + f)
+        boxes = t.fit(own, size, *self.size, self.resize_mode, start, f, n, options.min_box_size).shuffled_colors(rng)
+        if rng.random() < options.flip_prob:
+            boxes, item["pixel_values"] = boxes.flip(), np.ascontiguousarray(item["pixel_values"][..., ::-1])
+        if rng.random() < options.box_dropout:
+            boxes = boxes.none()
+        if options.draw_boxes == "yes":
+            item["pixel_values"] = t.draw_boxes(item["pixel_values"], boxes)
+        shown = boxes.soften(rng, options.soft_boxes).relaxed(rng)
+        return {**item, "cond": shown.cond(), "foreground": boxes.boxes * boxes.valid[..., None]}
+
+
+def tracklet_loss(model, pipe, batch, args):
+    """svd_loss, with --foreground_weight times as much weight inside boxes as outside (TrackDiffusion: 2)."""
+    from svd_xtend.boxes import foreground_weight
+
+    if args.foreground_weight != 1:
+        scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        size = args.height // scale, args.width // scale
+        batch = {**batch, "pixel_weight": foreground_weight(batch["foreground"], *size, args.foreground_weight)}
+    return svd_loss(model, pipe, batch, args)
+
+
+def add_boxes(unet, args):
+    """The adapter trains, with it what of the UNet --train_params names; a --lora below it stays as it is."""
+    from svd_xtend.boxes import ControlledUNet, load_boxes, new_boxes
+    from svd_xtend.lora import load_lora
+
+    if args.lora:
+        load_lora(unet, args.lora)
+    if args.tracklet_weights:
+        adapter = load_boxes(unet, args.tracklet_weights)
+        told = adapter.config["slots"], not adapter.config["enhancer"]
+        if told != (args.max_objects, args.no_enhancer):
+            raise ValueError(f"--tracklet_weights: has (max_objects, no_enhancer) {told}; pass flags that agree")
+    else:
+        adapter = new_boxes(unet, args.max_objects, enhancer=not args.no_enhancer, seed=args.seed)
+    for name, p in unet.named_parameters():
+        named = name in adapter.unet_names or any(part in name for part in args.train_params)
+        p.requires_grad_(named and ".lora_" not in name)
+    autocast_forward(unet, args.mixed_precision)  # the pipeline calls this one, accelerate prepares the one below
+    return ControlledUNet(unet, adapter.requires_grad_(True))
+
+
+def export_boxes(pipe, unet, args):
+    """Write tracklet_weights.safetensors: the adapter and what else was ever trained with it."""
+    from svd_xtend.boxes import save_boxes
+
+    save_boxes(unet.adapter, args.output_dir, trainable_parameters(unet.unet))
+
+
+def validation_boxes(path, args):
+    """Tracklets of a validation image: --validation_tracklets, or its own video's from that frame on; None: it has none."""
+    size, own_folder = video.load_image(path).size, Path(path).parent
+    if args.validation_tracklets:
+        file = args.validation_tracklets[args.validation_image.index(path)]
+        own, start = next(iter(t.read_tracklets(file, size).values())), 0
+    else:
+        own = t.tracklets_of(args.tracklets or own_folder.parent, own_folder.name, size, only=True)
+        start = video.list_frames(own_folder).index(Path(path))
+    fitted = args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
+    return own and t.fit(own, size, *fitted)
+
+
+def validate_boxes(pipe, unet, step, args):
+    """Render each image under its boxes, as train_svd.py does, clean and beside that with the boxes in view."""
+    clips = []
+    for path in args.validation_image:
+        boxes = validation_boxes(path, args)
+        unet.adapter.set(boxes and boxes.relaxed())
+        one = argparse.Namespace(**{**vars(args), "validation_image": [path]})
+        for name, image, frames in validate(pipe, unet, step, one):
+            if boxes:
+                frames = t.beside(frames, boxes)
+                video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, args.fps)
+            clips.append((name, image, frames))
+    unet.adapter.set(None)
+    return clips
+
+
+def script_parser(stage=1):
+    """The shared flags and the boxes' own, with the defaults of a stage."""
+    presets = dict(output_dir=f"outputs/tracklet/stage{stage}", lr_scheduler="linear", lr_warmup_steps=750)
+    parser = build_parser(__doc__, **(presets | STAGES[stage]))
+    # fmt: off
+    g = parser.add_argument_group("tracklets (--train_params here adds parts of the UNet, time_mixer conv_in conv_out for instance; default: none of it)")
+    g.add_argument("--stage", type=int, choices=STAGES, default=1, help="presets of the table above; default: %(default)s")
+    g.add_argument("--tracklets", help="annotation file, or folder of them (BDD100K, MOTChallenge, KITTI, YouTube-VIS, JSON of this project); default: tracklets.json in each video folder")
+    g.add_argument("--tracklet_weights", help="go on from these: the last stage's --output_dir")
+    g.add_argument("--lora", help="LoRA under the boxes, frozen")
+    g.add_argument("--max_objects", type=int, default=8, help="slots; of more objects the largest and longest are taken; default: %(default)s")
+    g.add_argument("--min_box_size", type=float, default=0.02, help="leave out objects whose longer side stays under this fraction of the picture; default: %(default)s")
+    g.add_argument("--draw_boxes", choices=["yes", "no"], help="self-tracking: draw the boxes into the target frames; default: by stage")
+    g.add_argument("--soft_boxes", type=float, help="fraction of boxes shown as a larger region; default: by stage")
+    g.add_argument("--box_dropout", type=float, default=0.25, help="fraction of clips without boxes; default: %(default)s")
+    g.add_argument("--flip_prob", type=float, default=0.0, help="fraction of clips mirrored, boxes too; default: %(default)s")
+    g.add_argument("--foreground_weight", type=float, default=1.0, help="weight of the loss inside boxes (TrackDiffusion: 2); default: %(default)s")
+    g.add_argument("--no_enhancer", action="store_true", help="without TrackDiffusion's Instance Enhancer: fewer parameters, weaker identity")
+    g.add_argument("--validation_tracklets", nargs="+", default=[], metavar="FILE", help="boxes for each --validation_image; default: those of its own video")
+    # fmt: on
+    return parser
+
+
+def script_parse(argv=None):
+    """Parse; the stage decides defaults."""
+    args, _ = script_parser().parse_known_args(argv)
+    parser = script_parser(args.stage)
+    args = parse(parser, argv)
+    if len(args.validation_tracklets) not in (0, len(args.validation_image)):
+        parser.error("--validation_tracklets: must be as many as --validation_image")
+    for flag in ("soft_boxes", "box_dropout", "flip_prob"):
+        if not 0 <= getattr(args, flag) <= 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
+    return args
+
+
+if __name__ == "__main__":
+    args = script_parse()
+    data = partial(TrackletDataset, args)
+    train(args, dataset=data, prepare_unet=add_boxes, export=export_boxes, validate=validate_boxes, loss=tracklet_loss)

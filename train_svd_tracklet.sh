@@ -1,0 +1,48 @@
+base_folder="data/roam" # <- your folder of video folders of frames, each with its tracklets.json; data/roam is drawn at first use
+# Box control, in three stages. Without arguments: sets itself up, trains the embedded SVD on moving shapes, anywhere.
+#     bash train_svd_tracklet.sh
+#     bash train_svd_tracklet.sh --pretrained_model_name_or_path=/path/to/weight --tracklets=/path/to/annotations
+# Further flags are passed on to train_svd_tracklet.py in every stage, and win.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+bash "$here/install.sh"
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source "$here/.venv/bin/activate"; fi
+precision=$(cd "$here" && python -m svd_xtend.runs) # the best that this machine has
+
+if [ "$base_folder" = "data/roam" ]; then # the default: draw it
+    base_folder="$here/data/roam"
+    (cd "$here" && python -m svd_xtend.shapes --base_folder data/roam --domain roam --clips 600)
+fi
+if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
+    out=outputs/tracklet
+    recipe=(--width=512 --height=320 --gradient_checkpointing --checkpointing_steps=1000 --checkpoints_total_limit=2
+        --validation_steps=1000 --decode_chunk_size=4)
+    stages=("" "" "") # the presets of --stage: 50000, 50000 and 10000 steps
+else
+    cd "$here"
+    out=outputs/tracklet_tiny
+    python -m svd_xtend.shapes --base_folder data/roam_held_out --domain roam --clips 4 --seed 7919
+    recipe=(
+        --width=64 --height=48 --num_frames=8 --num_workers=1 --per_gpu_batch_size=8 --vae_encode_chunk=8
+        --lr_warmup_steps=20 --checkpointing_steps=100 --checkpoints_total_limit=1 --validation_steps=1000
+        --num_inference_steps=10 --seed=123 --validation_image data/roam_held_out/roam000{0,1,2,3}/000.png
+    )
+    stages=(
+        "--max_train_steps=125 --learning_rate=2e-3"
+        "--max_train_steps=125 --learning_rate=1e-3"
+        "--max_train_steps=25 --learning_rate=1e-3"
+    )
+fi
+for stage in 1 2 3; do
+    from=()
+    if [ $stage -gt 1 ]; then from=(--tracklet_weights="$out/stage$((stage - 1))"); fi
+    # shellcheck disable=SC2086  # the stage's flags are words
+    accelerate launch --num_cpu_threads_per_process "$(nproc)" "$here/train_svd_tracklet.py" --stage=$stage \
+        --base_folder="$base_folder" --mixed_precision="$precision" "${recipe[@]}" ${stages[stage - 1]} \
+        "${from[@]}" --output_dir="$out/stage$stage" "$@"
+done
+if [ "$out" = outputs/tracklet_tiny ]; then
+    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd --tracklet_weights "$out/stage3" --clips 16 \
+        --picture "$out/control.png"
+    echo "look at $out/control.png: what was asked, without boxes, with boxes"
+fi
