@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from svd_xtend import checkpoints, tracklets, video
+from svd_xtend import checkpoints, fast_unet, tracklets, video
 from svd_xtend.lora import inject_lora, load_lora
 from svd_xtend.tiny import TINY_BOXES, TINY_SVD
 
@@ -46,7 +46,7 @@ def load_pipeline(args):
         load_checkpoint(pipe.unet, args.checkpoint, args.ema)
     if args.lora:
         load_lora(pipe.unet, args.lora, args.lora_scale)
-    pipe.unet.to(pipe.image_encoder.dtype)
+    fast_unet.speed_up(pipe.unet).to(pipe.image_encoder.dtype)
     adapter = None
     if args.tracklets:
         from svd_xtend.boxes import load_boxes

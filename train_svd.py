@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import checkpoints, runs, video
+from svd_xtend import checkpoints, fast_unet, runs, video
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 
@@ -327,9 +327,10 @@ def start(args):
 
 
 def select_parameters(unet, args):
-    """Mark what trains: parameters whose names contain one of --train_params, by default all of the UNet."""
+    """Mark what trains: parameters whose names contain one of --train_params, by default all that have an effect."""
     for name, p in unet.named_parameters():
-        p.requires_grad_(not args.train_params or any(part in name for part in args.train_params))
+        wanted = not args.train_params or any(part in name for part in args.train_params)
+        p.requires_grad_(wanted and not fast_unet.is_dead(name))
     if not checkpoints.trainable_parameters(unet):
         raise ValueError(
             f"--train_params {' '.join(args.train_params)}: in no parameter's name. Try temporal_transformer_blocks, "
@@ -376,7 +377,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         module.requires_grad_(False)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    unet = prepare_unet(pipe.unet, args)
+    unet = prepare_unet(fast_unet.speed_up(pipe.unet), args)
     trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device)
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
     logger.info("training %.2f M of %.2f M parameters", *sizes)

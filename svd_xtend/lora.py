@@ -13,10 +13,9 @@ import json
 import re
 from pathlib import Path
 
+from svd_xtend.fast_unet import is_dead
+
 FILE_NAME = "pytorch_lora_weights.safetensors"
-# Cross-attention sees one token, the CLIP embedding: its softmax is 1 whatever the query, so attn2.to_q and attn2.to_k
-# have no gradient, ever. A fifth of a LoRA on all attention would be dead weight.
-DEAD = r"\.attn2\.to_[qk]$"
 TARGETS = {
     "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$",
     "temporal": r"temporal_transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$",
@@ -27,7 +26,8 @@ TARGETS = {
 
 
 def target_modules(unet, targets):
-    """Names of the layers that `targets` (keys of TARGETS, or parts of module names) mean, without the dead ones."""
+    """Names of the layers that `targets` (keys of TARGETS, or parts of module names) mean. Not attn2.to_q and to_k, a
+    fifth of all attention: adapters there would never have a gradient."""
     import torch
 
     patterns = [TARGETS.get(target, re.escape(target)) for target in targets]
@@ -35,7 +35,7 @@ def target_modules(unet, targets):
     names = [
         name
         for name, module in unet.named_modules()
-        if isinstance(module, kinds) and not re.search(DEAD, name) and any(re.search(p, name) for p in patterns)
+        if isinstance(module, kinds) and not is_dead(name) and any(re.search(p, name) for p in patterns)
     ]
     if not names:
         raise ValueError(

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from infer_svd import load_checkpoint
-from svd_xtend.lora import DEAD, inject_lora, load_lora, merge_lora, save_lora, target_modules
+from svd_xtend.fast_unet import DEAD
+from svd_xtend.lora import inject_lora, load_lora, merge_lora, save_lora, target_modules
 
 
 def forward(unet):
