@@ -12,7 +12,6 @@ A killed run goes on when the same command is given again. Next: train_svd_lora.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import logging
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import checkpoints, fast_unet, runs, video
+from svd_xtend import cache, checkpoints, fast_unet, runs, video
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 
@@ -50,26 +49,31 @@ class DummyDataset:
     others stood in for.
     """
 
-    def __init__(self, base_folder, width, height, sample_frames, fps, motion_bucket_id, resize_mode="crop", seed=0):
-        self.size, self.sample_frames, self.resize_mode, self.seed = (width, height), sample_frames, resize_mode, seed
+    def __init__(
+        self, base_folder, width, height, num_frames, fps, motion_bucket_id, resize_mode, seed=0, cached=None
+    ):
+        self.size, self.sample_frames, self.resize_mode = (width, height), num_frames, resize_mode
+        self.seed, self.latent_cache = seed, cached
         root = Path(base_folder)
         if not root.is_dir():
             raise ValueError(f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg")
         self.clips, skipped = [], []
         for folder in sorted(root.iterdir(), key=video.natural_key):
             frames = video.list_frames(folder) if folder.is_dir() else []
-            if len(frames) >= sample_frames:
+            if len(frames) >= num_frames:
                 self.clips.append((frames, self.read_clip_json(folder, fps, motion_bucket_id)))
             elif not folder.name.startswith("."):
                 skipped.append(f"{folder.name} ({f'{len(frames)} frames' if folder.is_dir() else 'a file'})")
         if skipped:
             names = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
-            logger.warning("--base_folder %s: skipped %d entries without %d frames: %s", root, len(skipped), sample_frames, names)  # fmt: skip
+            logger.warning("--base_folder %s: skipped %d entries without %d frames: %s", root, len(skipped), num_frames, names)  # fmt: skip
         if not self.clips:
             raise ValueError(
-                f"--base_folder {root}: no video folder holds {sample_frames} frames. Expected "
+                f"--base_folder {root}: no video folder holds {num_frames} frames. Expected "
                 f"{root}/<video>/<frame>.jpg; lower --num_frames or extract more frames."
             )
+        if cached:
+            cache.check_videos(cached, [frames for frames, _ in self.clips])
 
     @staticmethod
     def read_clip_json(folder, fps, motion_bucket_id):
@@ -98,10 +102,13 @@ class DummyDataset:
         raise ValueError("--base_folder: not one clip can be read; the warnings above name the files")
 
     def read_window(self, clip, start, index):
-        """What an item holds of its clip's frames from `start` on; a subclass adds to it, `cond` for one."""
-        window = self.clips[clip][0][start : start + self.sample_frames]
+        """What an item holds of its clip's frames from `start` on; a subclass adds to it, `cond` for one. With a latent
+        cache: of the frames only the first, and in place of the others `moments` and `image_embeds`."""
+        frames = self.clips[clip][0]
+        window = frames[start : start + (1 if self.latent_cache else self.sample_frames)]
         pixels = np.stack([video.load_image(frame, *self.size, self.resize_mode) for frame in window])
-        return {"pixel_values": rearrange(pixels, "f h w c -> f c h w")}
+        cached = cache.read_window(self.latent_cache, frames, start, self.sample_frames) if self.latent_cache else {}
+        return {"pixel_values": rearrange(pixels, "f h w c -> f c h w"), **cached}
 
 
 class SampleIndices:
@@ -169,18 +176,20 @@ class SampleNoise:
 # -------------------------------------------------------------------------------------------------------- conditioning
 
 
-def encode_video(vae, pixel_values, noise, chunk=1):
+def encode_video(vae, pixel_values, noise, chunk=1, moments=None):
     """(b, f, 3, h, w) in [-1, 1] -> latents (b, f, 4, h/8, w/8) in float32, scaled to about unit variance.
 
-    Samples the posterior. Frames are encoded `chunk` at a time: the same result, 25 times less memory."""
+    Samples the posterior. Frames are encoded `chunk` at a time: the same result, 25 times less memory. moments: mean and
+    std of the posterior (b, 2, f, 4, h/8, w/8) from a cache; nothing is encoded then."""
     import torch
 
-    b = len(pixel_values)
-    with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
-        frames = rearrange(pixel_values, "b f c h w -> (b f) c h w").to(vae.dtype)
-        parts = [vae.encode(part).latent_dist for part in frames.split(chunk)]
-    mean, std = (torch.cat([getattr(p, name) for p in parts]).float() for name in ("mean", "std"))
-    mean, std = (rearrange(x, "(b f) c h w -> b f c h w", b=b) for x in (mean, std))
+    if moments is None:
+        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+            frames = rearrange(pixel_values, "b f c h w -> (b f) c h w").to(vae.dtype)
+            parts = [vae.encode(part).latent_dist for part in frames.split(chunk)]
+        moments = torch.stack([torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])]).float()
+        moments = rearrange(moments, "m (b f) c h w -> b m f c h w", b=len(pixel_values))
+    mean, std = moments.unbind(1)
     return (mean + std * noise.normal(*mean.shape[1:])) * vae.config.scaling_factor
 
 
@@ -199,11 +208,12 @@ def embed_image(pipe, first_frame):
         return pipe.image_encoder(((pixels - mean) / std).to(pipe.image_encoder.dtype)).image_embeds[:, None]
 
 
-def condition(pipe, first_frame, fps, motion_bucket_id, noise):
+def condition(pipe, first_frame, fps, motion_bucket_id, noise, image_embeds=None):
     """What SVD is told: image_embeds (b, 1, d), image_latents (b, 4, h/8, w/8), added_time_ids (b, 3).
 
     CLIP sees the clean frame; the VAE a frame with noise of log sigma ~ N(-3, 0.5^2), by its mean and *unscaled*
-    (SVD paper, App. D.4); the ids are (fps - 1, motion_bucket_id, noise_aug_strength) of each sample.
+    (SVD paper, App. D.4); the ids are (fps - 1, motion_bucket_id, noise_aug_strength) of each sample. image_embeds: from a
+    cache, instead of asking CLIP.
     """
     import torch
 
@@ -212,7 +222,8 @@ def condition(pipe, first_frame, fps, motion_bucket_id, noise):
     with torch.no_grad(), torch.autocast(noised.device.type, enabled=False):
         parts = [pipe.vae.encode(frame).latent_dist.mode() for frame in noised.to(pipe.vae.dtype).split(1)]
     added_time_ids = torch.stack([fps.float() - 1, motion_bucket_id.float(), noise_aug_strength], dim=1)
-    return embed_image(pipe, first_frame), torch.cat(parts).float(), added_time_ids
+    image_embeds = embed_image(pipe, first_frame) if image_embeds is None else image_embeds
+    return image_embeds, torch.cat(parts).float(), added_time_ids
 
 
 def drop_conditioning(image_embeds, image_latents, u, p_clip, p_latents, p_both):
@@ -236,9 +247,9 @@ def svd_loss(model, pipe, batch, args):
 
     pixel_values = batch["pixel_values"]
     noise = SampleNoise(args.seed, batch["index"], pixel_values.device)
-    latents = encode_video(pipe.vae, pixel_values, noise, args.vae_encode_chunk)
+    latents = encode_video(pipe.vae, pixel_values, noise, args.vae_encode_chunk, batch.get("moments"))
     image_embeds, image_latents, added_time_ids = condition(
-        pipe, pixel_values[:, 0], batch["fps"], batch["motion_bucket_id"], noise
+        pipe, pixel_values[:, 0], batch["fps"], batch["motion_bucket_id"], noise, batch.get("image_embeds")
     )
     image_embeds, image_latents = drop_conditioning(
         image_embeds, image_latents, noise.uniform(), *args.conditioning_dropout_prob
@@ -339,21 +350,6 @@ def select_parameters(unet, args):
     return unet
 
 
-def make_optimizer(parameters, args):
-    """AdamW, torch's or bitsandbytes' with 8-bit state."""
-    import torch
-
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        if not importlib.util.find_spec("bitsandbytes"):
-            raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes")
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    return optimizer_class(
-        parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
-    )  # fmt: skip
-
-
 def to_device(batch, device):
     """Move a batch, tensors in nested dicts too, and bring frames from uint8 to [-1, 1]."""
     from accelerate.utils import send_to_device
@@ -378,7 +374,8 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     unet = prepare_unet(fast_unet.speed_up(pipe.unet), args)
-    trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device)
+    cache.check(args.latent_cache, pipe, args.width, args.height, args.resize_mode)
+    trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device, encoders=not args.latent_cache)
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
     logger.info("training %.2f M of %.2f M parameters", *sizes)
 
@@ -388,7 +385,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     args.num_frames = args.num_frames or pipe.unet.config.num_frames
     data = dataset(
         args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
-        args.seed,
+        args.seed, args.latent_cache,
     )  # fmt: skip
     step_samples = args.per_gpu_batch_size * world * args.gradient_accumulation_steps
     args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
@@ -401,7 +398,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         runs.record_args(accelerator, args)
 
     # optimizer
-    optimizer = make_optimizer(trained, args)
+    optimizer = runs.make_optimizer(trained, args)
     schedule = get_scheduler(
         args.lr_scheduler.replace("constant", "constant_with_warmup"), optimizer,
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
@@ -414,7 +411,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     def look(step):
         clips = []
         if accelerator.is_main_process:
-            with torch.no_grad(), runs.averaged(ema, trained):
+            with torch.no_grad(), runs.averaged(ema, trained), checkpoints.at_hand(pipe, device):
                 clips = validate(pipe, unet, step, args)
             runs.log_videos(accelerator, args.output_dir, step, [name for name, *_ in clips])
         accelerator.wait_for_everyone()
@@ -480,7 +477,6 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             if args.validation_steps and step % args.validation_steps == 0 and not last:
                 look(step)
     bar.close()
-
     after = look(args.max_train_steps) if args.validation_steps else []
     if accelerator.is_main_process:
         if after:
@@ -516,6 +512,7 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--height", type=int, default=320, help="pixels, a multiple of 8; lower both when out of memory; default: %(default)s")
     g.add_argument("--num_frames", type=int, help="frames of a clip; default: the model's (14, or 25 for XT)")
     g.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="cover and crop the centre, or ignore the aspect ratio")
+    g.add_argument("--latent_cache", metavar="FOLDER", help="output of cache_latents.py for this folder, size and SVD: no step then runs CLIP, and the VAE for one frame only")
     g.add_argument("--num_workers", type=int, default=2, help="loader processes on each GPU; 0: load in the training process")
 
     g = parser.add_argument_group("objective")
@@ -571,18 +568,16 @@ def parse(parser, argv=None):
     args = parser.parse_args(argv)
     for flag in ("width", "height"):
         if getattr(args, flag) % 8 or getattr(args, flag) <= 0:
-            parser.error(
-                f"--{flag} {getattr(args, flag)}: must be a multiple of 8; try {round(getattr(args, flag) / 8) * 8 or 8}"
-            )
+            near = round(getattr(args, flag) / 8) * 8 or 8
+            parser.error(f"--{flag} {getattr(args, flag)}: must be a multiple of 8; try {near}")
     for flag in ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     p = args.conditioning_dropout_prob
     args.conditioning_dropout_prob = p = p * 3 if len(p) == 1 else p
     if len(p) != 3 or min(p) < 0 or sum(p) > 1:
-        parser.error(
-            f"--conditioning_dropout_prob {' '.join(map(str, p))}: one number up to 1/3, or three whose sum is at most 1"
-        )
+        p = " ".join(map(str, p))
+        parser.error(f"--conditioning_dropout_prob {p}: one number up to 1/3, or three whose sum is at most 1")
     for path in args.validation_image:
         if not Path(path).is_file():
             parser.error(f"--validation_image {path}: no such file")
@@ -592,6 +587,5 @@ def parse(parser, argv=None):
 
 
 if __name__ == "__main__":
-    train(
-        parse(build_parser()), dataset=DummyDataset, prepare_unet=select_parameters, export=export, validate=validate
-    )
+    args = parse(build_parser())
+    train(args, dataset=DummyDataset, prepare_unet=select_parameters, export=export, validate=validate)

@@ -15,7 +15,6 @@ All flags of train_svd.py hold. Next: svd_xtend/boxes.py, svd_xtend/tracklets.py
 """
 
 import argparse
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +24,13 @@ from svd_xtend import tracklets as t
 from svd_xtend import video
 from svd_xtend.checkpoints import trainable_parameters
 from svd_xtend.runs import autocast_forward
-from train_svd import DummyDataset, build_parser, parse, svd_loss, train, validate
+from train_svd import DummyDataset, build_parser, logger, parse, svd_loss, train, validate
 
 STAGES = {
     1: dict(draw_boxes="yes", soft_boxes=0.0, learning_rate=2e-4, max_train_steps=50000),
     2: dict(draw_boxes="yes", soft_boxes=0.8, learning_rate=3e-5, max_train_steps=50000),
     3: dict(draw_boxes="no", soft_boxes=0.8, learning_rate=3e-5, max_train_steps=10000),
 }
-logger = logging.getLogger("svd_xtend")
 
 
 class TrackletDataset(DummyDataset):
@@ -49,17 +47,17 @@ class TrackletDataset(DummyDataset):
         bare = [clip[0][0].parent.name for clip, (own, _) in zip(self.clips, self.tracklets) if own is None]
         source = f"--tracklets {options.tracklets or base_folder}"
         if len(bare) == len(self.clips):
-            raise ValueError(f"{source}: no boxes for any video of --base_folder {base_folder}, {bare[0]} for one. "
-                             f"Expected a file that names it, or {bare[0]}.json, .txt, /tracklets.json, /gt/gt.txt")  # fmt: skip
+            expected = f"a file that names it, or {bare[0]}.json, .txt, /tracklets.json, /gt/gt.txt"
+            raise ValueError(f"{source}: no boxes for any video, {bare[0]} for one. Expected {expected}")
         if bare:
             logger.warning("%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5]))
 
     def read_window(self, clip, start, index):
         item, (own, size), options = super().read_window(clip, start, index), self.tracklets[clip], self.options
         rng = np.random.default_rng((self.seed, index, 1))
-        f, n = self.sample_frames, options.max_objects
-        own = own or t.Tracklets.empty(start + f)
-        boxes = t.fit(own, size, *self.size, self.resize_mode, start, f, n, options.min_box_size).shuffled_colors(rng)
+        how = self.sample_frames, options.max_objects, options.min_box_size
+        own = own or t.Tracklets.empty(len(self.clips[clip][0]))
+        boxes = t.fit(own, size, *self.size, self.resize_mode, start, *how).shuffled_colors(rng)
         if rng.random() < options.flip_prob:
             boxes, item["pixel_values"] = boxes.flip(), np.ascontiguousarray(item["pixel_values"][..., ::-1])
         if rng.random() < options.box_dropout:
@@ -118,8 +116,8 @@ def validation_boxes(path, args):
     else:
         own = t.tracklets_of(args.tracklets or own_folder.parent, own_folder.name, size, only=True)
         start = video.list_frames(own_folder).index(Path(path))
-    fitted = args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
-    return own and t.fit(own, size, *fitted)
+    how = args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
+    return own and t.fit(own, size, *how)
 
 
 def validate_boxes(pipe, unet, step, args):
@@ -168,6 +166,8 @@ def script_parse(argv=None):
     args = parse(parser, argv)
     if len(args.validation_tracklets) not in (0, len(args.validation_image)):
         parser.error("--validation_tracklets: must be as many as --validation_image")
+    if args.latent_cache and (args.draw_boxes == "yes" or args.flip_prob):
+        parser.error("--latent_cache: holds frames as they are, without drawn boxes (stages 1, 2) and not mirrored")
     for flag in ("soft_boxes", "box_dropout", "flip_prob"):
         if not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")

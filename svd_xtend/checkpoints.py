@@ -7,6 +7,7 @@
     ...                   optimizer, scheduler, scaler: accelerate's own files
 """
 
+import contextlib
 import json
 import os
 import re
@@ -19,11 +20,11 @@ TRAINED, EMA, PROGRESS = "trained.safetensors", "ema.safetensors", "progress.jso
 # ----------------------------------------------------------------------------------------------------------- load SVD
 
 
-def load_svd(path, dtype, revision=None, unet_path=None):
+def load_svd(path, dtype, revision=None, unet_path=None, unet=True):
     """A StableVideoDiffusionPipeline from a Hub name or a folder, on the CPU, all its modules in `dtype`.
 
     Takes files of the fp16 variant and plain ones, whichever are there (for float32, plain ones first).
-    `unet_path`: another folder whose UNet (itself, or in its unet/) replaces the pipeline's.
+    `unet_path`: another folder whose UNet (itself, or in its unet/) replaces the pipeline's. unet=False: without one.
     """
     import diffusers
     import transformers
@@ -31,7 +32,7 @@ def load_svd(path, dtype, revision=None, unet_path=None):
 
     for library in (diffusers, transformers):  # they warn of choices made here on purpose
         library.utils.logging.set_verbosity_error()
-    extra = {}
+    extra = {} if unet else {"unet": None}
     if unet_path:
         inside = "unet" if Path(unet_path, "unet").is_dir() else None
         extra["unet"] = load_any_variant(
@@ -78,7 +79,7 @@ def trainable_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def place(pipe, unet, precision, device):
+def place(pipe, unet, precision, device, encoders=True):
     """Move all to `device`: trained parameters in float32, whatever the precision; what is frozen in half where
     `precision` is fp16 or bf16. Returns the trained parameters."""
     import torch
@@ -88,10 +89,33 @@ def place(pipe, unet, precision, device):
         p.data = p.data.to(device, torch.float32 if p.requires_grad else half)
     for buffer in unet.buffers():
         buffer.data = buffer.data.to(device)
-    pipe.image_encoder.to(device, half)
-    # the pipeline, too, takes SVD's VAE out of fp16, which it is not made for
-    pipe.vae.to(device, torch.float32 if half == torch.float16 and pipe.vae.config.force_upcast else half)
+    place_encoders(pipe, half, device, encoders)
     return list(trainable_parameters(unet).values())
+
+
+def place_encoders(pipe, half, device, whole=True):
+    """Move VAE and CLIP to `device`, in `half` precision; where not `whole`, CLIP and the VAE's decoder stay on the CPU
+    until they are needed (see at_hand)."""
+    import torch
+
+    pipe.image_encoder.to(dtype=half)
+    # the pipeline, too, takes SVD's VAE out of fp16, which it is not made for
+    pipe.vae.to(dtype=torch.float32 if half == torch.float16 and pipe.vae.config.force_upcast else half)
+    for module in (pipe.image_encoder, pipe.vae) if whole else (pipe.vae.encoder, pipe.vae.quant_conv):
+        module.to(device)
+
+
+@contextlib.contextmanager
+def at_hand(pipe, device):
+    """Modules that `place` left on the CPU come to `device`, and go back."""
+    away = [m for m in (pipe.image_encoder, pipe.vae.decoder) if next(m.parameters()).device.type != device.type]
+    for module in away:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in away:
+            module.to("cpu")
 
 
 def load_trained(model, file):

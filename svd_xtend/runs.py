@@ -1,6 +1,7 @@
 """What surrounds a training loop: precision, metrics, moving averages, signals, trackers, the Hub."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -50,6 +51,21 @@ def autocast_forward(model, precision):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         model.forward = torch.autocast(device, half)(model.forward)
+
+
+def make_optimizer(parameters, args):
+    """AdamW, torch's or bitsandbytes' with 8-bit state."""
+    import torch
+
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        if not importlib.util.find_spec("bitsandbytes"):
+            raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes")
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    return optimizer_class(
+        parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
+    )  # fmt: skip
 
 
 def record_args(accelerator, args):

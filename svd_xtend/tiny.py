@@ -296,7 +296,7 @@ def train_unet(folder, vae, steps):
         num_frames=NUM_FRAMES, per_gpu_batch_size=8, vae_encode_chunk=8, num_workers=1, learning_rate=1e-3,
         lr_scheduler="cosine", lr_warmup_steps=50, adam_beta2=0.99, P_mean=1.5, P_std=1.6, conditioning_dropout_prob="0 0 0.05",
         max_train_steps=steps, checkpointing_steps=100, checkpoints_total_limit=2, validation_steps=500,
-        num_inference_steps=10, seed=TRAIN_SEED, mixed_precision="bf16" if fast_bf16() else "no", output_dir=out,
+        num_inference_steps=10, seed=TRAIN_SEED, mixed_precision="no", output_dir=out,
     )  # fmt: skip
     command = [sys.executable, str(Path(__file__).parents[1] / "train_svd.py"), "--use_ema"]
     for name, value in flags.items():
@@ -412,7 +412,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", help="train: everything goes here, the result into its tiny_svd/")
     parser.add_argument("--vae_steps", type=int, default=1100)
-    parser.add_argument("--unet_steps", type=int, default=4000)
+    parser.add_argument("--unet_steps", type=int, default=2800)
     parser.add_argument("--evaluate", metavar="FOLDER", help="measure this SVD on held-out clips instead")
     parser.add_argument("--lora", help="with these adapters")
     parser.add_argument("--tracklet_weights", help="measure how well boxes are followed with these")

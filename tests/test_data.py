@@ -23,9 +23,8 @@ def picture(path, value, mode="RGB", size=(20, 12), **save):
 
 
 def dataset(folder, f=3, **kwargs):
-    return DummyDataset(
-        folder, **({"width": 16, "height": 8, "sample_frames": f, "fps": 7, "motion_bucket_id": 127} | kwargs)
-    )
+    own = {"width": 16, "height": 8, "num_frames": f, "fps": 7, "motion_bucket_id": 127, "resize_mode": "crop"}
+    return DummyDataset(folder, **(own | kwargs))
 
 
 def test_frames_are_in_natural_order(tmp_path):
@@ -153,7 +152,7 @@ def test_processes_share_the_samples_that_one_process_would_see():
 def test_workers_change_nothing(clips):
     from torch.utils.data import DataLoader
 
-    data = DummyDataset(clips, 64, 48, 8, 7, 127)
+    data = DummyDataset(clips, 64, 48, 8, 7, 127, "crop")
     read = [
         next(iter(DataLoader(data, batch_sampler=SampleIndices(3, 4), num_workers=n)))["pixel_values"] for n in (0, 2)
     ]

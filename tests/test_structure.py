@@ -14,7 +14,7 @@ import train_svd_tracklet
 from svd_xtend.tiny import TINY_SVD
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["train_svd.py", "train_svd_lora.py", "train_svd_tracklet.py", "infer_svd.py"]
+SCRIPTS = ["train_svd.py", "train_svd_lora.py", "train_svd_tracklet.py", "infer_svd.py", "cache_latents.py"]
 README = (ROOT / "README.md").read_text()
 
 
@@ -58,7 +58,7 @@ def test_the_seam_has_at_most_five_hooks_and_no_branch_for_one_trainer():
 def test_help_is_fast_because_torch_is_not_imported(script):
     code = f"import sys, runpy; sys.argv = ['{script}', '-h']\ntry: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     assert (
-        "--output_dir"
+        "--pretrained_model_name_or_path"
         in subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     )
 
@@ -112,8 +112,17 @@ def box_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def latent_cache(tmp_path_factory, boxed_clips):
+    """A cache of the roaming clips."""
+    folder = tmp_path_factory.mktemp("cache")
+    flags = [f"--base_folder={boxed_clips}", f"--latent_cache={folder}", "--width=64", "--height=48"]
+    subprocess.run([sys.executable, "cache_latents.py", *flags], cwd=ROOT, check=True)
+    return folder
+
+
 @pytest.mark.parametrize("command", readme_commands(), ids=lambda c: re.sub(r"\W+", "_", c)[:50])
-def test_every_readme_command_runs(command, tmp_path, clips, boxed_clips, lora_folder, box_folder):
+def test_every_readme_command_runs(command, tmp_path, clips, boxed_clips, lora_folder, box_folder, latent_cache):
     """As printed, but: paths that stand for a user's own are real ones, one process on the CPU, and the size, the
     length and the output folder of a test."""
     swap = {
@@ -127,9 +136,11 @@ def test_every_readme_command_runs(command, tmp_path, clips, boxed_clips, lora_f
     for old, new in swap.items():
         command = command.replace(old, str(new))
     command = re.sub("^python ", f"{sys.executable} ", command)
-    flags = f" --output_dir={tmp_path}"
+    caching = "cache_latents.py" in command
+    command = command.replace("/path/to/cache", str(tmp_path if caching else latent_cache))
+    flags = "" if caching else f" --output_dir={tmp_path}"
     if "-m svd_xtend" not in command:
-        flags += " --width=64 --height=48 --num_frames=8 --num_inference_steps=1"
+        flags += " --width=64 --height=48" + " --num_frames=8 --num_inference_steps=1" * (not caching)
     if "train_" in command:
         flags += " --max_train_steps=1"
     done = subprocess.run(command + flags, shell=True, cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,115 @@
+"""Encode every frame of a folder once: training then needs neither the VAE's decoder nor CLIP, and hardly the encoder.
+
+    accelerate launch cache_latents.py --base_folder=/path/to/frames --latent_cache=/path/to/cache --pretrained_model_name_or_path=/path/to/weight
+    accelerate launch train_svd.py --base_folder=/path/to/frames --latent_cache=/path/to/cache --pretrained_model_name_or_path=/path/to/weight
+
+Size, crop and weights must be those of the training. Killed, or frames have changed? The same command does what is
+missing. Several processes share the work. Next: svd_xtend/cache.py.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from svd_xtend import cache, runs, video
+from svd_xtend.shapes import ensure_demo
+from svd_xtend.tiny import TINY_SVD
+from train_svd import DummyDataset, base_folder, embed_image
+
+logger = logging.getLogger("svd_xtend")
+
+
+class Frames:
+    """The frames of a list of files, each (3, h, w) uint8: what a loader's processes decode."""
+
+    def __init__(self, files, width, height, resize_mode):
+        self.files, self.how = files, (width, height, resize_mode)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        import numpy as np
+
+        return np.asarray(video.load_image(self.files[i], *self.how)).transpose(2, 0, 1).copy()
+
+
+def encode(pipe, files, args, device):
+    """{mean, std (f, 4, h/8, w/8), image_embeds (f, d)} of a video, in the VAE's precision."""
+    import torch
+
+    frames = Frames(files, args.width, args.height, args.resize_mode)
+    parts = {"mean": [], "std": [], "image_embeds": []}
+    for batch in torch.utils.data.DataLoader(frames, args.vae_encode_chunk, num_workers=args.num_workers):
+        pixel_values = batch.to(device).float() / 127.5 - 1
+        with torch.no_grad():
+            posterior = pipe.vae.encode(pixel_values.to(pipe.vae.dtype)).latent_dist
+        parts["mean"].append(posterior.mean)
+        parts["std"].append(posterior.std)
+        parts["image_embeds"].append(embed_image(pipe, pixel_values)[:, 0])
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def main(args):
+    """Check, tell the size, encode what is not there."""
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    from svd_xtend.checkpoints import load_svd, place_encoders
+
+    accelerator = Accelerator(mixed_precision=runs.check_precision(args.mixed_precision))
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    with accelerator.main_process_first():
+        ensure_demo(args.base_folder)
+    data = DummyDataset(args.base_folder, args.width, args.height, 1, 0, 0, args.resize_mode)
+    videos = [frames for frames, _ in data.clips]
+    pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)
+    description = cache.describe(pipe, args.width, args.height, args.resize_mode)
+    folder = Path(args.latent_cache)
+    if (folder / cache.INFO).exists():
+        cache.check(folder, pipe, args.width, args.height, args.resize_mode)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    place_encoders(pipe, half, accelerator.device)
+
+    missing = [frames for frames in videos if not cache.is_fresh(folder, frames)]
+    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    values = 8 * (args.width // scale) * (args.height // scale) + pipe.image_encoder.config.projection_dim
+    need = sum(map(len, missing)) * values * pipe.vae.dtype.itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    logger.info("%d videos, %d to do: %.2f GB, %.1f GB free", len(videos), len(missing), need / 1e9, free / 1e9)
+    if need > free:
+        raise ValueError(f"--latent_cache {folder}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+    if accelerator.is_main_process:
+        (folder / cache.INFO).write_text(json.dumps(description, indent=1))
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    for frames in tqdm(own, desc="caching", disable=not accelerator.is_main_process):
+        cache.write(folder, frames, encode(pipe, frames, args, accelerator.device))
+    accelerator.wait_for_everyone()
+    logger.info("done: train with --latent_cache=%s", folder)
+    accelerator.end_training()
+
+
+def build_parser():
+    """Flags: what is encoded, by what, where to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD; by default the embedded one")
+    parser.add_argument("--revision", help="Hub revision of it")
+    parser.add_argument("--base_folder", default=base_folder, help="folder of video folders of frames; default: %(default)s")
+    parser.add_argument("--latent_cache", required=True, help="where the cache goes")
+    parser.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
+    parser.add_argument("--height", type=int, default=320, help="pixels, a multiple of 8; default: %(default)s")
+    parser.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="cover and crop the centre, or ignore the aspect ratio")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="of the encoders; default: what accelerate is configured for")
+    parser.add_argument("--vae_encode_chunk", type=int, default=8, help="frames encoded at once; lower when out of memory; default: %(default)s")
+    parser.add_argument("--num_workers", type=int, default=0, help="loader processes; default: %(default)s")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -1,0 +1,113 @@
+"""Latent cache: what the frozen VAE and CLIP say of every frame, computed once by cache_latents.py.
+
+    <cache>/cache.json              which models, size and crop it was made with
+    <cache>/<video>.safetensors     of each frame: mean and std of the VAE's posterior, CLIP embedding; in the metadata a
+                                    digest of the frame files' names, sizes and times
+
+Per frame, not per clip: any window start is free. Every step still encodes one frame, the noised condition.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+INFO = "cache.json"
+
+
+def digest_of_frames(frames):
+    """Changes when a frame file is added, removed, renamed or written again."""
+    told = [(Path(f).name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in frames]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+
+def digest_of_models(pipe):
+    """Changes when a weight of the VAE's encoder or of CLIP does: sums and sums of squares of each tensor, rounded to
+    six digits, so that precision and device do not matter but to the last of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in (pipe.vae.encoder, pipe.vae.quant_conv, pipe.image_encoder):
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                half = tensor.detach().half().double()  # SVD's weights are fp16; float32 and fp16 copies must agree
+                digest.update(f"{name} {tuple(half.shape)} {half.sum():.4e} {half.square().sum():.4e}".encode())
+    return digest.hexdigest()
+
+
+def describe(pipe, width, height, resize_mode):
+    """What cache.json says; two caches of one description hold the same."""
+    return {"models": digest_of_models(pipe), "width": width, "height": height, "resize_mode": resize_mode}
+
+
+def check(folder, pipe, width, height, resize_mode):
+    """Raise unless the cache in `folder` (None: there is none) was made with these models and flags."""
+    if folder is None:
+        return
+    file = Path(folder, INFO)
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--latent_cache {folder}: no readable {INFO} in it; make it with cache_latents.py"
+        ) from error
+    for key, wanted in describe(pipe, width, height, resize_mode).items():
+        if found.get(key) != wanted:
+            raise ValueError(
+                f"--latent_cache {folder}: was made with {key} {found.get(key)}, this run has {wanted}; run "
+                "cache_latents.py with this run's flags, into another folder"
+            )
+
+
+def cache_file(folder, frames):
+    """Where the cache of a video folder is."""
+    return Path(folder, f"{Path(frames[0]).parent.name}.safetensors")
+
+
+def is_fresh(folder, frames):
+    """Whether the video's cache is there and newer than none of its frames; a damaged file is not fresh."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(cache_file(folder, frames), "np") as f:
+            return (f.metadata() or {}).get("frames") == digest_of_frames(frames)
+    except (OSError, SafetensorError):
+        return False
+
+
+def write(folder, frames, tensors):
+    """Write a video's cache whole or not at all. tensors: mean and std (f, 4, h, w), image_embeds (f, d)."""
+    from safetensors.torch import save_file
+
+    file = cache_file(folder, frames)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"frames": digest_of_frames(frames)})
+    os.replace(partial, file)
+
+
+def read_window(folder, frames, start, length):
+    """{moments (2, f, 4, h, w), image_embeds (1, d)} of frames start .. start + length, float32.
+
+    Raises ValueError with the file in front where it is missing, damaged or older than the frames."""
+    from safetensors import SafetensorError, safe_open
+
+    file = cache_file(folder, frames)
+    try:
+        with safe_open(file, "pt") as f:
+            cut = {name: f.get_slice(name)[start : start + length].float() for name in ("mean", "std")}
+            image_embeds = f.get_slice("image_embeds")[start : start + 1].float()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{file}: cannot be read from the latent cache ({error}); run cache_latents.py again"
+        ) from error
+    return {"moments": np.stack([cut["mean"].numpy(), cut["std"].numpy()]), "image_embeds": image_embeds.numpy()}
+
+
+def check_videos(folder, videos):
+    """Raise where a video (a list of frame files) has no fresh cache."""
+    stale = [frames[0].parent.name for frames in videos if not is_fresh(folder, frames)]
+    if stale:
+        raise ValueError(
+            f"--latent_cache {folder}: {len(stale)} of {len(videos)} videos are missing, damaged or have changed since, "
+            f"{stale[0]} for one; run cache_latents.py again: it does only those"
+        )

@@ -1,0 +1,173 @@
+"""The latent cache: training from it is training from pixels, and a wrong one is noticed."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cache_latents
+import train_svd
+from svd_xtend import cache, checkpoints
+from svd_xtend.checkpoints import load_svd
+from svd_xtend.tiny import TINY_SVD
+
+
+def make(folder, base, *flags):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = [f"--base_folder={base}", f"--latent_cache={folder}", "--width=64", "--height=48", *flags]
+    cache_latents.main(cache_latents.build_parser().parse_args(given))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.fixture
+def frames(clips, tmp_path):
+    """Three clips of their own, which may be broken."""
+    for name in ("fall0000", "fall0001", "fall0002"):
+        shutil.copytree(clips / name, tmp_path / "frames" / name)
+    return tmp_path / "frames"
+
+
+@pytest.fixture
+def cached(frames, tmp_path):
+    return make(tmp_path / "cache", frames)
+
+
+def batch_of(data, indices):
+    items = torch.utils.data.default_collate([data[i] for i in indices])
+    return {**items, "pixel_values": items["pixel_values"].float() / 127.5 - 1}
+
+
+def data_of(frames, cached=None, f=5):
+    return train_svd.DummyDataset(frames, 64, 48, f, 7, 127, "crop", 3, cached)
+
+
+def test_the_loss_from_the_cache_is_the_loss_from_pixels(pipe, frames, cached):
+    """Windows of 5 of 8 frames, so that starts differ; posterior sampling, noise augmentation and dropout included."""
+    args = train_svd.parse(
+        train_svd.build_parser(), ["--seed=4", "--P_mean=0.7", "--P_std=1.6", "--vae_encode_chunk=5"]
+    )
+    live, stored = (batch_of(data_of(frames, c), range(4)) for c in (None, cached))
+    assert stored["pixel_values"].shape[1] == 1 and live["pixel_values"].shape[1] == 5
+    with torch.no_grad():
+        a, b = (train_svd.svd_loss(pipe.unet, pipe, batch, args) for batch in (live, stored))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_from_the_cache_asks_clip_nothing_and_the_vae_for_one_frame(run, frames, cached, monkeypatch):
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionModelWithProjection
+
+    encoded, encode = [], AutoencoderKLTemporalDecoder.encode
+
+    def counted(self, x):
+        encoded.append(len(x))
+        return encode(self, x)
+
+    def never(self, *_, **__):
+        raise AssertionError("CLIP was asked")
+
+    monkeypatch.setattr(AutoencoderKLTemporalDecoder, "encode", counted)
+    monkeypatch.setattr(CLIPVisionModelWithProjection, "forward", never)
+    run(f"--base_folder={frames}", f"--latent_cache={cached}", "--max_train_steps=2", "--per_gpu_batch_size=2")
+    assert encoded == [1] * 4
+
+
+def test_the_same_command_does_only_what_is_missing_and_leaves_nothing_half(frames, cached):
+    before = {p.name: p.stat().st_mtime_ns for p in cached.iterdir()}
+    (cached / "fall0001.safetensors").unlink()
+    (cached / "fall0002.safetensors").write_bytes(b"damaged")
+    make(cached, frames)
+    after = {p.name: p.stat().st_mtime_ns for p in cached.iterdir()}
+    assert before.keys() == after.keys() == {cache.INFO, *(f"fall000{i}.safetensors" for i in range(3))}
+    changed = {name for name in after if name != cache.INFO and after[name] != before[name]}
+    assert changed == {"fall0001.safetensors", "fall0002.safetensors"}
+    assert len(data_of(frames, cached)) == 3
+
+
+def test_a_changed_frame_a_missing_video_and_a_damaged_file_are_one_error(frames, cached):
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(frames / "fall0001" / "003.png")
+    with pytest.raises(ValueError, match="^--latent_cache .*: 1 of 3 videos are missing, damaged or have changed since, fall0001"):  # fmt: skip
+        data_of(frames, cached)
+    make(cached, frames)
+    (cached / "fall0000.safetensors").unlink()
+    (cached / "fall0002.safetensors").write_bytes((cached / "fall0002.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="2 of 3 videos .*fall0000"):
+        data_of(frames, cached)
+
+
+def test_a_file_that_is_damaged_in_mid_run_is_replaced_by_another_clip_and_named(frames, cached, caplog):
+    data = data_of(frames, cached)
+    for file in cached.glob("fall000[12].safetensors"):
+        os.truncate(file, 200)
+    item = data[0]
+    other = data[1]
+    assert item["moments"].shape == other["moments"].shape == (2, 5, 4, 12, 16)
+    assert "run cache_latents.py again" in caplog.text and "another clip takes its place" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [(["--width=128"], "width 64, this run has 128"), (["--resize_mode=stretch"], "resize_mode crop, this run has stretch")],
+)  # fmt: skip
+def test_a_cache_of_another_size_or_crop_is_refused(run, frames, cached, flags, told):
+    with pytest.raises(ValueError, match=f"^--latent_cache .*: was made with {told}"):
+        run(f"--base_folder={frames}", f"--latent_cache={cached}", "--max_train_steps=1", *flags)
+
+
+def test_a_cache_of_another_model_is_refused_and_half_precision_is_the_same_model(pipe, cached):
+    cache.check(cached, pipe, 64, 48, "crop")
+    half = load_svd(str(TINY_SVD), torch.float16)
+    cache.check(cached, half, 64, 48, "crop")
+    pipe.vae.encoder.conv_in.weight.data[0, 0, 0, 0] += 0.5
+    with pytest.raises(ValueError, match="was made with models"):
+        cache.check(cached, pipe, 64, 48, "crop")
+    with pytest.raises(ValueError, match="no readable cache.json in it; make it with cache_latents.py"):
+        cache.check(cached / "none", pipe, 64, 48, "crop")
+
+
+def test_the_size_is_told_before_and_is_the_size(frames, tmp_path, capsys, caplog):
+    with caplog.at_level("INFO"):
+        out = make(tmp_path / "cache", frames)
+    (said,) = (r.getMessage() for r in caplog.records if "to do:" in r.getMessage())
+    need = 3 * 8 * (8 * 12 * 16 + 64) * 4
+    assert f"3 videos, 3 to do: {need / 1e9:.2f} GB" in said
+    size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert size == pytest.approx(need, rel=0.05)
+
+
+def test_a_full_disk_is_told_before_anything_is_encoded(frames, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ValueError, match="^--latent_cache .*: needs .* GB, 0.00 GB are free"):
+        make(tmp_path / "cache", frames)
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_clip_and_decoder_come_to_the_device_only_to_render(pipe):
+    """On the CPU, with `meta` in the place of a GPU."""
+    pipe.unet.requires_grad_(False)
+    checkpoints.place(pipe, pipe.unet, "no", torch.device("cpu"), encoders=False)
+    assert {next(m.parameters()).device.type for m in (pipe.vae.encoder, pipe.vae.decoder, pipe.image_encoder)} == {
+        "cpu"
+    }
+    moved = []
+    for module in (pipe.vae.decoder, pipe.image_encoder):
+        module.to = lambda where, module=module: moved.append((type(module).__name__, str(where)))
+    with checkpoints.at_hand(pipe, torch.device("meta")):
+        assert [where for _, where in moved] == ["meta", "meta"]
+    assert [where for _, where in moved] == ["meta", "meta", "cpu", "cpu"]
+
+
+def test_cache_json_says_what_it_was_made_with(cached):
+    told = json.loads((cached / cache.INFO).read_text())
+    assert {k: told[k] for k in ("width", "height", "resize_mode")} == {
+        "width": 64,
+        "height": 48,
+        "resize_mode": "crop",
+    }
