@@ -371,9 +371,8 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
     for module in (pipe.vae, pipe.image_encoder, pipe.unet):
         module.requires_grad_(False)
-    if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    unet = prepare_unet(fast_unet.speed_up(pipe.unet), args)
+    fast_unet.checkpoint(fast_unet.speed_up(pipe.unet), args.gradient_checkpointing)
+    unet = prepare_unet(pipe.unet, args)
     cache.check(args.latent_cache, pipe, args.width, args.height, args.resize_mode)
     trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device, encoders=not args.latent_cache)
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
@@ -502,7 +501,7 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--revision", help="Hub revision of it")
     g.add_argument("--pretrain_unet", help="folder of another UNet to start from")
     g.add_argument("--train_params", nargs="+", default=[], help="train only parameters whose names contain one of these; default: all")
-    g.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time; first thing to try when out of memory")
+    g.add_argument("--gradient_checkpointing", nargs="?", const="blocks", default="none", choices=fast_unet.POLICIES, help="recompute activations, from least to most: none (default), level0 (the highest resolution), level01, blocks (the flag alone), nested; first thing to try when out of memory")
     g.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured for")
     g.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products in float32 layers (Ampere and newer)")
 

@@ -188,8 +188,8 @@ def write_clips(base_folder, domain="shapes", clips=48, seed=0, **size):
 
 
 def ensure_demo(base_folder):
-    """Draw the demo clips where a trainer's default --base_folder is not there yet."""
-    if str(base_folder) == DEMO and not Path(DEMO).exists():
+    """Draw the demo clips, a trainer's default --base_folder, as far as they are not there yet."""
+    if str(base_folder) == DEMO:
         write_clips(DEMO, "fall", 24)
 
 

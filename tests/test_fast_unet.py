@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from svd_xtend.fast_unet import is_dead, speed_up
+from svd_xtend import fast_unet
+from svd_xtend.fast_unet import POLICIES, checkpoint, is_dead, speed_up
 from svd_xtend.lora import inject_lora
 
 
@@ -67,3 +68,70 @@ def test_names_and_weights_are_untouched_and_a_copy_computes_with_its_own(pipe):
             if ".attn2.to_v" in name:
                 p.zero_()
         assert torch.equal(fast(*x).sample, before) and not torch.equal(other(*x).sample, before)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("policy", list(POLICIES)[1:])
+def test_recomputed_gradients_are_the_kept_ones(pipe, policy, monkeypatch):
+    """Chunks of 100 tokens, so that feed-forwards do fall into pieces."""
+    monkeypatch.setattr(fast_unet, "FEED_FORWARD_TOKENS", 100)
+    kept, again = copy.deepcopy(pipe.unet), checkpoint(speed_up(pipe.unet), policy)
+    x = inputs()
+    expected, got = gradients(speed_up(kept), x), gradients(again, x)
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(again(*x).sample, kept(*x).sample)
+
+
+def recomputations(unet, x):
+    """How often each kind of module runs in one forward and backward."""
+    counts = {}
+    for module in unet.modules():
+        inner, kind = getattr(type(module), "forward", None), type(module).__name__
+        if kind in ("LayerNorm", "GroupNorm", "Conv3d", "GEGLU") and inner:
+            module.register_forward_hook(lambda *_, kind=kind: counts.__setitem__(kind, counts.get(kind, 0) + 1))
+    unet(*x).sample.square().mean().backward()
+    return counts
+
+
+def test_policies_recompute_more_and_more_and_blocks_covers_the_temporal_ones(pipe):
+    runs = {
+        policy: recomputations(checkpoint(copy.deepcopy(pipe.unet), policy), inputs(clips=1)) for policy in POLICIES
+    }
+    total = [sum(counts.values()) for counts in runs.values()]
+    assert total == sorted(total) and len(set(total)) >= 4  # the embedded UNet has two levels: level01 is all of them
+    for kind in ("LayerNorm", "Conv3d", "GEGLU"):
+        assert runs["blocks"][kind] == 2 * runs["none"][kind]
+    stock = copy.deepcopy(pipe.unet)
+    stock.enable_gradient_checkpointing()
+    assert (
+        recomputations(stock.train(), inputs(clips=1))["GEGLU"] < runs["blocks"]["GEGLU"]
+    )  # diffusers' leaves them out
+
+
+def test_the_flag_alone_means_blocks_and_nothing_means_none():
+    import train_svd
+
+    def parsed(*flags):
+        return train_svd.parse(train_svd.build_parser(), list(flags)).gradient_checkpointing
+
+    assert (parsed(), parsed("--gradient_checkpointing"), parsed("--gradient_checkpointing", "nested")) == (
+        "none", "blocks", "nested"
+    )  # fmt: skip
+
+
+def test_a_run_under_checkpointing_takes_the_same_step(run, tmp_path):
+    from safetensors.torch import load_file
+
+    weights = {}
+    for policy in ("none", "nested"):
+        out = run("--max_train_steps=1", "--train_params", "conv_in", "temporal_transformer_blocks", "--adam_epsilon=1",
+                  f"--gradient_checkpointing={policy}", output_dir=tmp_path / policy)  # fmt: skip
+        weights[policy] = load_file(out / "checkpoint-1" / "trained.safetensors")
+    for name, tensor in weights["none"].items():
+        torch.testing.assert_close(weights["nested"][name], tensor, rtol=1e-4, atol=1e-7)
