@@ -8,7 +8,6 @@ missing. Several processes share the work. Next: svd_xtend/cache.py.
 """
 
 import argparse
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -37,57 +36,77 @@ class Frames:
 
 
 def encode(pipe, files, args, device):
-    """{mean, std (f, 4, h/8, w/8), image_embeds (f, d)} of a video, in the VAE's precision."""
+    """{mean, std (f, 4, h/8, w/8), image_embeds (f, d)} of a video, in the encoders' precision. Of one that cannot be read
+    nothing: training names it and lets another clip stand in."""
     import torch
 
     frames = Frames(files, args.width, args.height, args.resize_mode)
     parts = {"mean": [], "std": [], "image_embeds": []}
-    for batch in torch.utils.data.DataLoader(frames, args.vae_encode_chunk, num_workers=args.num_workers):
+    loader = iter(torch.utils.data.DataLoader(frames, args.vae_encode_chunk, num_workers=args.num_workers))
+    for _ in range(len(loader)):
+        try:
+            batch = next(loader)
+        except ValueError as error:
+            logger.warning("%s; its video is left out", str(error).strip().splitlines()[-1])
+            return {}
         pixel_values = batch.to(device).float() / 127.5 - 1
         with torch.no_grad():
             posterior = pipe.vae.encode(pixel_values.to(pipe.vae.dtype)).latent_dist
-        parts["mean"].append(posterior.mean)
-        parts["std"].append(posterior.std)
-        parts["image_embeds"].append(embed_image(pipe, pixel_values)[:, 0])
+        parts["mean"].append(posterior.mean.cpu())
+        parts["std"].append(posterior.std.cpu())
+        parts["image_embeds"].append(embed_image(pipe, pixel_values)[:, 0].cpu())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def main(args):
-    """Check, tell the size, encode what is not there."""
+def start(args):
+    """(accelerator, pipeline without a UNet, frame files of each video, what cache.json says)."""
+    from datetime import timedelta
+
     import torch
-    from accelerate import Accelerator
-    from tqdm import tqdm
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from svd_xtend.checkpoints import load_svd, place_encoders
 
-    accelerator = Accelerator(mixed_precision=runs.check_precision(args.mixed_precision))
+    accelerator = Accelerator(
+        mixed_precision=runs.check_precision(args.mixed_precision),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],  # who is done waits for the others
+    )
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
     data = DummyDataset(args.base_folder, args.width, args.height, 1, 0, 0, args.resize_mode)
-    videos = [frames for frames, _ in data.clips]
     pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)
-    description = cache.describe(pipe, args.width, args.height, args.resize_mode)
-    folder = Path(args.latent_cache)
-    if (folder / cache.INFO).exists():
-        cache.check(folder, pipe, args.width, args.height, args.resize_mode)
+    how = accelerator.mixed_precision, args.width, args.height, args.resize_mode
+    if Path(args.latent_cache, cache.INFO).exists():
+        cache.check(args.latent_cache, pipe, *how)
+    description = cache.describe(pipe, *how)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     place_encoders(pipe, half, accelerator.device)
+    return accelerator, pipe, [frames for frames, _ in data.clips], description
 
+
+def main(args):
+    """Check, tell the size, encode what is not there."""
+    from tqdm import tqdm
+
+    accelerator, pipe, videos, description = start(args)
+    folder, count = Path(args.latent_cache), accelerator.num_processes
     missing = [frames for frames in videos if not cache.is_fresh(folder, frames)]
+    accelerator.wait_for_everyone()  # all must have counted before one begins to write
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     values = 8 * (args.width // scale) * (args.height // scale) + pipe.image_encoder.config.projection_dim
     need = sum(map(len, missing)) * values * pipe.vae.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    logger.info("%d videos, %d to do: %.2f GB, %.1f GB free", len(videos), len(missing), need / 1e9, free / 1e9)
+    logger.info("%d videos, %d to do: %.2f GB, %.1f GB free, %d process(es)", len(videos), len(missing), need / 1e9, free / 1e9, count)  # fmt: skip
     if need > free:
         raise ValueError(f"--latent_cache {folder}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     if accelerator.is_main_process:
-        (folder / cache.INFO).write_text(json.dumps(description, indent=1))
-    own = missing[accelerator.process_index :: accelerator.num_processes]
+        cache.write_description(folder, description)
+    own = sorted(missing, key=len)[accelerator.process_index :: count]
     for frames in tqdm(own, desc="caching", disable=not accelerator.is_main_process):
-        cache.write(folder, frames, encode(pipe, frames, args, accelerator.device))
+        digest = cache.digest_of_frames(frames)
+        cache.write(folder, frames, digest, encode(pipe, frames, args, accelerator.device))
     accelerator.wait_for_everyone()
     logger.info("done: train with --latent_cache=%s", folder)
     accelerator.end_training()
@@ -112,4 +131,8 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.width % 8 or args.height % 8:
+        parser.error(f"--width {args.width} --height {args.height}: must be multiples of 8")
+    main(args)

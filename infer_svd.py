@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 
 from svd_xtend import checkpoints, fast_unet, tracklets, video
-from svd_xtend.lora import inject_lora, load_lora
+from svd_xtend.lora import inject_lora, load_lora, scale_lora
 from svd_xtend.tiny import TINY_BOXES, TINY_SVD
 
 
-def load_checkpoint(unet, folder, ema=False):
+def load_checkpoint(unet, folder, ema=False, lora_scale=1.0):
     """Put a training checkpoint's parameters, or their moving averages, into `unet`, adapters too."""
     from safetensors import safe_open
 
@@ -28,10 +28,15 @@ def load_checkpoint(unet, folder, ema=False):
     with safe_open(file, "pt") as f:
         has_lora = any(".lora_A." in name for name in f.keys())
     if has_lora:  # the adapters' shape is in the run's args.json
-        told = json.loads(Path(folder).resolve().parent.joinpath("args.json").read_text())
+        told = Path(folder).resolve().parent / "args.json"
+        if not told.exists():
+            raise ValueError(f"--checkpoint {folder}: holds adapters, but {told}, which has their shape, is missing")
+        told = json.loads(told.read_text())
         alpha = told["rank"] if told["lora_alpha"] is None else told["lora_alpha"]
         inject_lora(unet, told["rank"], alpha, told["lora_targets"], told["use_dora"])
     checkpoints.load_trained(unet, file)
+    if has_lora:
+        scale_lora(unet, lora_scale)
 
 
 def load_pipeline(args):
@@ -43,7 +48,7 @@ def load_pipeline(args):
         args.pretrained_model_name_or_path, torch.float16 if device == "cuda" else torch.float32, args.revision
     )
     if args.checkpoint:
-        load_checkpoint(pipe.unet, args.checkpoint, args.ema)
+        load_checkpoint(pipe.unet, args.checkpoint, args.ema, args.lora_scale)
     if args.lora:
         load_lora(pipe.unet, args.lora, args.lora_scale)
     fast_unet.speed_up(pipe.unet).to(pipe.image_encoder.dtype)
@@ -62,9 +67,8 @@ def load_pipeline(args):
 
 def read_boxes(args, path, file, num_frames, slots):
     """The tracklets in `file` as the picture at `path` shows them after resizing."""
-    size = video.load_image(path).size
-    found = tracklets.read_tracklets(file, size)
-    own = found.get(video.clip_name(path), next(iter(found.values())))
+    size = video.picture_size([path])
+    own = tracklets.tracklets_for(file, path, size)
     return tracklets.fit(own, size, args.width, args.height, args.resize_mode, 0, num_frames, slots)
 
 
@@ -91,6 +95,7 @@ def main(args):
         video.write_clip(stem, frames, args.fps)
         if boxes:
             video.write_clip(f"{stem}_boxes", tracklets.beside(frames, boxes), args.fps)
+            tracklets.write_tracklets(f"{stem}_boxes.json", boxes)  # as the clip shows them, to score it by
         print(f"{stem}.mp4 .gif .png" + f", {stem}_boxes with the boxes in view" * bool(boxes))
 
 
@@ -107,7 +112,7 @@ def build_parser():
     parser.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the module at work: for small GPUs")
     parser.add_argument("--tracklets", nargs="+", default=[], metavar="FILE", help="boxes that the objects are to follow: one annotation file for each image, or one for all")
     parser.add_argument("--tracklet_weights", default=str(TINY_BOXES), help="output of train_svd_tracklet.py on that SVD; default: the embedded one's")
-    parser.add_argument("--box_guidance_scale", type=float, default=1.0, help="how much farther to go in the boxes' direction; other than 1 costs a third of the time more; default: %(default)s")
+    parser.add_argument("--box_guidance_scale", type=float, default=1.0, help="how much farther to go in the boxes' direction; other than 1 takes half as long again; default: %(default)s")
     parser.add_argument("--box_tau", type=float, default=1.0, help="heed the boxes in this first part of the sampling steps (GLIGEN's scheduled sampling); default: %(default)s")
     parser.add_argument("--image", nargs="+", required=True, help="pictures to animate")
     parser.add_argument("--output_dir", default="outputs/infer", help="default: %(default)s")
@@ -134,4 +139,6 @@ if __name__ == "__main__":
         parser.error(
             f"--tracklets: {len(args.tracklets)} files for {len(args.image)} images; pass one for each, or one"
         )
+    if args.ema and not args.checkpoint:
+        parser.error("--ema: averages are in checkpoints; pass --checkpoint")
     main(args)

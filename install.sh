@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || { echo "creating .venv"; python3 -m venv .venv; }
+    [ -f .venv/bin/activate ] || { echo "creating .venv"; python3 -m venv .venv; }
     source .venv/bin/activate
 fi
 stamp="${VIRTUAL_ENV:-$CONDA_PREFIX}/.svd_xtend_installed"

@@ -274,7 +274,7 @@ def validate(pipe, unet, step, args):
     import torch
 
     def as_decoder(pipe, i, t, tensors):  # the trained UNet answers in float32, the frozen decoder may be in half
-        return {"latents": tensors["latents"].to(pipe.vae.dtype)}
+        return {"latents": tensors["latents"].to(pipe.vae.dtype)} if i + 1 == args.num_inference_steps else tensors
 
     clips = []
     for path in args.validation_image:
@@ -330,6 +330,7 @@ def start(args):
         if args.seed not in (None, seed):
             raise ValueError(f"--seed {args.seed}: {checkpoint} was trained with seed {seed}; pass that, or none")
         args.seed = seed
+        runs.compare_args(args)
     if args.seed is None:  # the same one on every process
         args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
     logger.info("seed %d, log sigma ~ N(%g, %g^2), precision %s, %s, %d process(es)", args.seed, args.P_mean,
@@ -339,23 +340,24 @@ def start(args):
 
 def select_parameters(unet, args):
     """Mark what trains: parameters whose names contain one of --train_params, by default all that have an effect."""
-    for name, p in unet.named_parameters():
-        wanted = not args.train_params or any(part in name for part in args.train_params)
-        p.requires_grad_(wanted and not fast_unet.is_dead(name))
-    if not checkpoints.trainable_parameters(unet):
-        raise ValueError(
-            f"--train_params {' '.join(args.train_params)}: in no parameter's name. Try temporal_transformer_blocks, "
-            "attn1, conv_in, or none of it to train all."
-        )
+    live = {name: p for name, p in unet.requires_grad_(False).named_parameters() if not fast_unet.is_dead(name)}
+    for part in args.train_params:
+        if not any(part in name for name in live):
+            raise ValueError(
+                f"--train_params {part}: in no parameter's name. Try temporal_transformer_blocks, attn1, conv_in"
+            )
+    for name, p in live.items():
+        p.requires_grad_(not args.train_params or any(part in name for part in args.train_params))
     return unet
 
 
 def to_device(batch, device):
-    """Move a batch, tensors in nested dicts too, and bring frames from uint8 to [-1, 1]."""
+    """Move a batch, tensors in nested dicts too, and bring frames from uint8 to [-1, 1]. `index` stays: to read it on a
+    GPU would wait for the GPU."""
     from accelerate.utils import send_to_device
 
-    batch = send_to_device(batch, device, non_blocking=True)
-    return {**batch, "pixel_values": batch["pixel_values"].float() / 127.5 - 1}
+    moved = send_to_device({k: v for k, v in batch.items() if k != "index"}, device, non_blocking=True)
+    return {**moved, "index": batch["index"], "pixel_values": moved["pixel_values"].float() / 127.5 - 1}
 
 
 def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
@@ -373,7 +375,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         module.requires_grad_(False)
     fast_unet.checkpoint(fast_unet.speed_up(pipe.unet), args.gradient_checkpointing)
     unet = prepare_unet(pipe.unet, args)
-    cache.check(args.latent_cache, pipe, args.width, args.height, args.resize_mode)
+    cache.check(args.latent_cache, pipe, accelerator.mixed_precision, args.width, args.height, args.resize_mode)
     trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device, encoders=not args.latent_cache)
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
     logger.info("training %.2f M of %.2f M parameters", *sizes)
@@ -404,8 +406,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     )  # fmt: skip
     ema = EMAModel(trained, decay=0.9999) if args.use_ema else None
     model, optimizer = accelerator.prepare(unet, optimizer)
-    accelerator.register_for_checkpointing(*filter(None, [schedule, ema]))
-    checkpoints.add_hooks(accelerator, ema)
+    checkpoints.add_hooks(accelerator, schedule, ema)
 
     def look(step):
         clips = []
@@ -420,8 +421,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     before = look(0) if args.validation_steps else []
     progress = {"step": 0, "samples": 0, "seed": args.seed}
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        progress = checkpoints.read_progress(checkpoint)
+        progress = checkpoints.resume(accelerator, checkpoint, args.output_dir, optimizer, schedule)
         logger.info("resumed from %s", checkpoint)
     if ema:
         ema.to(device)
@@ -436,7 +436,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
     with runs.Signals() as signals:
         for step in range(first + 1, args.max_train_steps + 1):
-            began, sums = time.perf_counter(), torch.zeros(3, device=device)
+            began, sums = runs.begin_step(), torch.zeros(3, device=device)
             for _ in range(args.gradient_accumulation_steps):
                 batch = to_device(next(batches), device)
                 with accelerator.accumulate(model):
@@ -448,7 +448,8 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                     optimizer.zero_grad()
                 sums[0] += value.detach() / args.gradient_accumulation_steps / world
                 sums[1] += batch["failed"].sum()
-            if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
+            lr, skipped = schedule.get_last_lr()[0], accelerator.optimizer_step_was_skipped
+            if not skipped:  # fp16: the scaler met an overflow
                 schedule.step()
                 if ema:
                     ema.step(trained)
@@ -456,14 +457,16 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             mean_loss, new_failed, stop = accelerator.reduce(sums).tolist()
 
             progress = {"step": step, "samples": progress["samples"] + step_samples, "seed": args.seed}
-            failed += new_failed
-            runs.check_step(step, mean_loss, schedule.get_last_lr()[0], saved, failed, (step - first) * step_samples)
+            failed, norm = failed + new_failed, float(grad_norm)
+            runs.check_step(step, mean_loss, norm, skipped, lr, saved)
+            runs.check_reading(failed, (step - first) * step_samples)
             if accelerator.is_main_process:
-                seconds = time.perf_counter() - began
-                row = metrics.write(step, mean_loss, schedule.get_last_lr()[0], float(grad_norm), seconds)
+                row = metrics.write(step, mean_loss, lr, norm, time.perf_counter() - began)
                 bar.update()
-                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"}, refresh=False)
-                accelerator.log(row, step=step)
+                bar.set_postfix(
+                    {k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None}, refresh=False
+                )
+                accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
 
             last = stop or step == args.max_train_steps
             if last or step % args.checkpointing_steps == 0:

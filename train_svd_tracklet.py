@@ -20,11 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from svd_xtend import checkpoints, runs, video
 from svd_xtend import tracklets as t
-from svd_xtend import video
-from svd_xtend.checkpoints import trainable_parameters
-from svd_xtend.runs import autocast_forward
-from train_svd import DummyDataset, build_parser, logger, parse, svd_loss, train, validate
+from train_svd import DummyDataset, build_parser, logger, parse, select_parameters, svd_loss, train, validate
 
 STAGES = {
     1: dict(draw_boxes="yes", soft_boxes=0.0, learning_rate=2e-4, max_train_steps=50000),
@@ -39,16 +37,17 @@ class TrackletDataset(DummyDataset):
 
     def __init__(self, options, base_folder, *args):
         super().__init__(base_folder, *args)
-        self.options, self.tracklets = options, []
+        self.options, self.tracklets, bare = options, [], []
         for frames, _ in self.clips:
-            size = video.load_image(frames[0]).size
-            own = t.tracklets_of(options.tracklets or base_folder, frames[0].parent.name, size, len(self.clips) == 1)
-            self.tracklets.append((own, size))
-        bare = [clip[0][0].parent.name for clip, (own, _) in zip(self.clips, self.tracklets) if own is None]
+            name, size = frames[0].parent.name, video.picture_size(frames)
+            own = t.tracklets_of(options.tracklets or base_folder, name, size, len(self.clips) == 1)
+            if own and len(own) != len(frames):
+                logger.warning("%s: boxes for %d frames, but there are %d", name, len(own), len(frames))
+            bare += [name] * (own is None)
+            self.tracklets.append((own or t.Tracklets.empty(len(frames)), size))
         source = f"--tracklets {options.tracklets or base_folder}"
         if len(bare) == len(self.clips):
-            expected = f"a file that names it, or {bare[0]}.json, .txt, /tracklets.json, /gt/gt.txt"
-            raise ValueError(f"{source}: no boxes for any video, {bare[0]} for one. Expected {expected}")
+            raise ValueError(f"{source}: no boxes for any video; expected a file naming {bare[0]}, or {bare[0]}.json")
         if bare:
             logger.warning("%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5]))
 
@@ -56,10 +55,7 @@ class TrackletDataset(DummyDataset):
         item, (own, size), options = super().read_window(clip, start, index), self.tracklets[clip], self.options
         rng = np.random.default_rng((self.seed, index, 1))
         how = self.sample_frames, options.max_objects, options.min_box_size
-        own = own or t.Tracklets.empty(len(self.clips[clip][0]))
         boxes = t.fit(own, size, *self.size, self.resize_mode, start, *how).shuffled_colors(rng)
-        if rng.random() < options.flip_prob:
-            boxes, item["pixel_values"] = boxes.flip(), np.ascontiguousarray(item["pixel_values"][..., ::-1])
         if rng.random() < options.box_dropout:
             boxes = boxes.none()
         if options.draw_boxes == "yes":
@@ -93,10 +89,12 @@ def add_boxes(unet, args):
             raise ValueError(f"--tracklet_weights: has (max_objects, no_enhancer) {told}; pass flags that agree")
     else:
         adapter = new_boxes(unet, args.max_objects, enhancer=not args.no_enhancer, seed=args.seed)
+    unet.requires_grad_(False)
+    if named := [*adapter.replaced, *args.train_params]:
+        select_parameters(unet, argparse.Namespace(train_params=named))
     for name, p in unet.named_parameters():
-        named = name in adapter.unet_names or any(part in name for part in args.train_params)
-        p.requires_grad_(named and ".lora_" not in name)
-    autocast_forward(unet, args.mixed_precision)  # the pipeline calls this one, accelerate prepares the one below
+        p.requires_grad_(p.requires_grad and ".lora_" not in name)
+    runs.autocast_forward(unet, args.mixed_precision)  # the pipeline calls this one, accelerate prepares the one below
     return ControlledUNet(unet, adapter.requires_grad_(True))
 
 
@@ -104,27 +102,29 @@ def export_boxes(pipe, unet, args):
     """Write tracklet_weights.safetensors: the adapter and what else was ever trained with it."""
     from svd_xtend.boxes import save_boxes
 
-    save_boxes(unet.adapter, args.output_dir, trainable_parameters(unet.unet))
+    save_boxes(unet.adapter, args.output_dir, checkpoints.trainable_parameters(unet.unet))
 
 
-def validation_boxes(path, args):
-    """Tracklets of a validation image: --validation_tracklets, or its own video's from that frame on; None: it has none."""
-    size, own_folder = video.load_image(path).size, Path(path).parent
+def validation_boxes(i, args):
+    """Tracklets of validation image i: --validation_tracklets, or its own video's from that frame on; None: it has none."""
+    path = Path(args.validation_image[i])
+    size, start, folder = video.picture_size([path]), 0, path.parent
     if args.validation_tracklets:
-        file = args.validation_tracklets[args.validation_image.index(path)]
-        own, start = next(iter(t.read_tracklets(file, size).values())), 0
+        own = t.tracklets_for(args.validation_tracklets[i], path, size)
     else:
-        own = t.tracklets_of(args.tracklets or own_folder.parent, own_folder.name, size, only=True)
-        start = video.list_frames(own_folder).index(Path(path))
-    how = args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
-    return own and t.fit(own, size, *how)
+        among = folder.parent.absolute() == Path(args.base_folder).absolute()
+        own = t.tracklets_of(args.tracklets or folder.parent, folder.name, size, only=among)
+        start = video.list_frames(folder).index(path)
+    return own and t.fit(
+        own, size, args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
+    )
 
 
 def validate_boxes(pipe, unet, step, args):
     """Render each image under its boxes, as train_svd.py does, clean and beside that with the boxes in view."""
     clips = []
-    for path in args.validation_image:
-        boxes = validation_boxes(path, args)
+    for i, path in enumerate(args.validation_image):
+        boxes = validation_boxes(i, args)
         unet.adapter.set(boxes and boxes.relaxed())
         one = argparse.Namespace(**{**vars(args), "validation_image": [path]})
         for name, image, frames in validate(pipe, unet, step, one):
@@ -151,7 +151,6 @@ def script_parser(stage=1):
     g.add_argument("--draw_boxes", choices=["yes", "no"], help="self-tracking: draw the boxes into the target frames; default: by stage")
     g.add_argument("--soft_boxes", type=float, help="fraction of boxes shown as a larger region; default: by stage")
     g.add_argument("--box_dropout", type=float, default=0.25, help="fraction of clips without boxes; default: %(default)s")
-    g.add_argument("--flip_prob", type=float, default=0.0, help="fraction of clips mirrored, boxes too; default: %(default)s")
     g.add_argument("--foreground_weight", type=float, default=1.0, help="weight of the loss inside boxes (TrackDiffusion: 2); default: %(default)s")
     g.add_argument("--no_enhancer", action="store_true", help="without TrackDiffusion's Instance Enhancer: fewer parameters, weaker identity")
     g.add_argument("--validation_tracklets", nargs="+", default=[], metavar="FILE", help="boxes for each --validation_image; default: those of its own video")
@@ -166,9 +165,9 @@ def script_parse(argv=None):
     args = parse(parser, argv)
     if len(args.validation_tracklets) not in (0, len(args.validation_image)):
         parser.error("--validation_tracklets: must be as many as --validation_image")
-    if args.latent_cache and (args.draw_boxes == "yes" or args.flip_prob):
-        parser.error("--latent_cache: holds frames as they are, without drawn boxes (stages 1, 2) and not mirrored")
-    for flag in ("soft_boxes", "box_dropout", "flip_prob"):
+    if args.latent_cache and args.draw_boxes == "yes":
+        parser.error("--latent_cache: holds frames as they are, without the boxes that stages 1 and 2 draw into them")
+    for flag in ("soft_boxes", "box_dropout"):
         if not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
     return args

@@ -2,14 +2,18 @@ base_folder="data/roam" # <- your folder of video folders of frames, each with i
 # Box control, in three stages. Without arguments: sets itself up, trains the embedded SVD on moving shapes, anywhere.
 #     bash train_svd_tracklet.sh
 #     bash train_svd_tracklet.sh --pretrained_model_name_or_path=/path/to/weight --tracklets=/path/to/annotations
-# Further flags are passed on to train_svd_tracklet.py in every stage, and win.
+# Further flags are passed on to train_svd_tracklet.py in every stage, and win; the stages' folders are fixed.
 set -euo pipefail
+if [[ " $* " == *" --output_dir"* || " $* " == *" --stage"* || " $* " == *" --tracklet_weights"* ]]; then
+    echo "--output_dir, --stage, --tracklet_weights: the three stages set them; launch train_svd_tracklet.py for one stage" >&2
+    exit 2
+fi
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 bash "$here/install.sh"
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source "$here/.venv/bin/activate"; fi
 precision=$(cd "$here" && python -m svd_xtend.runs) # the best that this machine has
 
-if [ "$base_folder" = "data/roam" ]; then # the default: draw it
+if [[ "$base_folder" = "data/roam" && " $* " != *" --base_folder"* ]]; then # the default: draw it
     base_folder="$here/data/roam"
     (cd "$here" && python -m svd_xtend.shapes --base_folder data/roam --domain roam --clips 600)
 fi
@@ -24,13 +28,13 @@ else
     python -m svd_xtend.shapes --base_folder data/roam_held_out --domain roam --clips 4 --seed 7919
     recipe=(
         --width=64 --height=48 --num_frames=8 --num_workers=1 --per_gpu_batch_size=8 --vae_encode_chunk=8
-        --lr_warmup_steps=20 --checkpointing_steps=100 --checkpoints_total_limit=1 --validation_steps=1000
-        --num_inference_steps=10 --seed=123 --validation_image data/roam_held_out/roam000{0,1,2,3}/000.png
+        --P_mean=1.5 --lr_warmup_steps=10 --checkpointing_steps=100 --checkpoints_total_limit=1 --validation_steps=1000
+        --num_inference_steps=10 --validation_image data/roam_held_out/roam000{0,1,2,3}/000.png
     )
     stages=(
-        "--max_train_steps=125 --learning_rate=2e-3"
-        "--max_train_steps=125 --learning_rate=1e-3"
-        "--max_train_steps=25 --learning_rate=1e-3"
+        "--seed=1 --max_train_steps=125 --learning_rate=2e-3"
+        "--seed=2 --max_train_steps=125 --learning_rate=1e-3"
+        "--seed=3 --max_train_steps=50 --learning_rate=1e-3"
     )
 fi
 for stage in 1 2 3; do

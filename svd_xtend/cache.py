@@ -24,24 +24,33 @@ def digest_of_frames(frames):
 
 
 def digest_of_models(pipe):
-    """Changes when a weight of the VAE's encoder or of CLIP does: sums and sums of squares of each tensor, rounded to
-    six digits, so that precision and device do not matter but to the last of them."""
+    """Changes when a weight of the VAE's encoder or of CLIP does. Of the weights in half precision: the files of SVD's fp16
+    variant and plain ones are one model."""
     digest = hashlib.blake2b(digest_size=16)
     for module in (pipe.vae.encoder, pipe.vae.quant_conv, pipe.image_encoder):
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():
-                half = tensor.detach().half().double()  # SVD's weights are fp16; float32 and fp16 copies must agree
-                digest.update(f"{name} {tuple(half.shape)} {half.sum():.4e} {half.square().sum():.4e}".encode())
+                digest.update(name.encode())
+                digest.update(tensor.detach().half().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
-def describe(pipe, width, height, resize_mode):
-    """What cache.json says; two caches of one description hold the same."""
-    return {"models": digest_of_models(pipe), "width": width, "height": height, "resize_mode": resize_mode}
+def describe(pipe, precision, width, height, resize_mode):
+    """What cache.json says; two caches of one description hold the same. pipe: as loaded, in float32; precision: the one
+    that the encoders run in."""
+    told = {"precision": precision, "width": width, "height": height, "resize_mode": resize_mode}
+    return {"models": digest_of_models(pipe), **told}
 
 
-def check(folder, pipe, width, height, resize_mode):
-    """Raise unless the cache in `folder` (None: there is none) was made with these models and flags."""
+def write_description(folder, description):
+    """Write cache.json, whole."""
+    partial = Path(folder, f"{INFO}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(description, indent=1))
+    os.replace(partial, Path(folder, INFO))
+
+
+def check(folder, *how):
+    """Raise unless the cache in `folder` (None: there is none) is what `describe(*how)` says."""
     if folder is None:
         return
     file = Path(folder, INFO)
@@ -51,7 +60,7 @@ def check(folder, pipe, width, height, resize_mode):
         raise ValueError(
             f"--latent_cache {folder}: no readable {INFO} in it; make it with cache_latents.py"
         ) from error
-    for key, wanted in describe(pipe, width, height, resize_mode).items():
+    for key, wanted in describe(*how).items():
         if found.get(key) != wanted:
             raise ValueError(
                 f"--latent_cache {folder}: was made with {key} {found.get(key)}, this run has {wanted}; run "
@@ -65,7 +74,7 @@ def cache_file(folder, frames):
 
 
 def is_fresh(folder, frames):
-    """Whether the video's cache is there and newer than none of its frames; a damaged file is not fresh."""
+    """Whether the video's cache is there, with a whole header, and of the frames as they are now."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -75,20 +84,21 @@ def is_fresh(folder, frames):
         return False
 
 
-def write(folder, frames, tensors):
-    """Write a video's cache whole or not at all. tensors: mean and std (f, 4, h, w), image_embeds (f, d)."""
+def write(folder, frames, digest, tensors):
+    """Write a video's cache whole or not at all. digest: of the frames, from before they were read; tensors: mean and std
+    (f, 4, h, w), image_embeds (f, d), or none of a video that cannot be read."""
     from safetensors.torch import save_file
 
     file = cache_file(folder, frames)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"frames": digest_of_frames(frames)})
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"frames": digest})
     os.replace(partial, file)
 
 
 def read_window(folder, frames, start, length):
     """{moments (2, f, 4, h, w), image_embeds (1, d)} of frames start .. start + length, float32.
 
-    Raises ValueError with the file in front where it is missing, damaged or older than the frames."""
+    Raises ValueError with the file in front where it is missing, damaged, or of a video that could not be read."""
     from safetensors import SafetensorError, safe_open
 
     file = cache_file(folder, frames)

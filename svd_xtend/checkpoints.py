@@ -55,12 +55,11 @@ def load_any_variant(cls, path, flag, dtype, **kwargs):
     import torch
 
     errors = {}
-    variants = ["fp16", None]
-    if Path(path).is_dir():  # no network to ask: take what is there, for float32 the plain files where both are
+    variants = [None, "fp16"] if dtype == torch.float32 else ["fp16", None]  # training starts from unrounded weights
+    if Path(path).is_dir():  # no network to ask: take what is there
         files = [p.name for p in Path(path, kwargs.get("subfolder") or "").rglob("*.safetensors")]
         there = {"fp16": any(".fp16." in name for name in files), None: any(".fp16." not in name for name in files)}
         variants = [v for v in variants if there[v]] or variants
-        variants = variants[::-1] if dtype == torch.float32 else variants
     for variant in variants:
         try:
             return cls.from_pretrained(path, variant=variant, dtype=dtype, **kwargs)
@@ -170,8 +169,22 @@ def read_progress(folder):
     return json.loads(Path(folder, PROGRESS).read_text())
 
 
-def add_hooks(accelerator, ema):
+class AveragedSteps:
+    """What accelerate keeps of an EMAModel: its count of steps. The averages themselves are in ema.safetensors."""
+
+    def __init__(self, ema):
+        self.ema = ema
+
+    def state_dict(self):
+        return {"optimization_step": self.ema.optimization_step}
+
+    def load_state_dict(self, state):
+        self.ema.optimization_step = state["optimization_step"]
+
+
+def add_hooks(accelerator, schedule, ema):
     """Have accelerate's save_state and load_state keep the trained parameters by name instead of the whole model."""
+    from safetensors.torch import load_file
 
     def save(models, weights, folder):
         weights.clear()  # accelerate then writes no model file
@@ -188,9 +201,32 @@ def add_hooks(accelerator, ema):
                 f"--resume_from_checkpoint {folder}: does not hold what this run trains. Give the flags that it was "
                 "trained with, or another --output_dir."
             )
+        if ema:
+            averages = load_file(Path(folder, EMA))
+            for name, shadow in zip(trainable_parameters(model), ema.shadow_params):
+                shadow.data.copy_(averages[name])
 
+    accelerator.register_for_checkpointing(schedule, *([AveragedSteps(ema)] if ema else []))
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def resume(accelerator, folder, output_dir, optimizer, schedule):
+    """Load a checkpoint's state; returns its progress. Learning rate, schedule and Adam's flags are this run's, which may
+    differ from those that the checkpoint was saved under. Checkpoints of later steps are set aside."""
+    flags = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    accelerator.load_state(str(folder))
+    accelerator.step = 0  # of gradient accumulation, whose length may have changed
+    schedule.base_lrs = [own["initial_lr"] for own in flags]
+    for group, own, factor in zip(optimizer.param_groups, flags, schedule.lr_lambdas):
+        group.update(own, lr=own["initial_lr"] * factor(schedule.last_epoch))
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    progress = read_progress(folder)
+    if accelerator.is_main_process:
+        for later in find_checkpoints(output_dir):
+            if read_progress(later)["step"] > progress["step"]:
+                later.rename(later.with_name(f"abandoned-{later.name}"))
+    return progress
 
 
 def save_checkpoint(accelerator, output_dir, progress, limit=None):
@@ -199,7 +235,8 @@ def save_checkpoint(accelerator, output_dir, progress, limit=None):
     final = Path(output_dir, f"checkpoint-{progress['step']}")
     partial = final.with_name(f"partial-{final.name}")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in Path(output_dir).glob("partial-*"):  # of saves that were killed
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
@@ -210,8 +247,9 @@ def save_checkpoint(accelerator, output_dir, progress, limit=None):
             os.fsync(handle)
             os.close(handle)
         if final.exists():  # a resumed run reaches the same step again
-            shutil.rmtree(final)
+            final.rename(final.with_name(f"partial-replaced-{final.name}"))
         partial.rename(final)
+        shutil.rmtree(final.with_name(f"partial-replaced-{final.name}"), ignore_errors=True)
         for old in find_checkpoints(output_dir)[: -limit if limit else 0]:
             if old != final:
                 shutil.rmtree(old)

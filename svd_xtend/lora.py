@@ -53,7 +53,7 @@ def inject_lora(unet, rank, lora_alpha, targets, use_dora=False, seed=0):
     if rank < 1:
         raise ValueError(f"--rank {rank}: must be at least 1")
     config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=target_modules(unet, targets), use_dora=use_dora)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return inject_adapter_in_model(config, unet)
 
@@ -101,11 +101,20 @@ def load_lora(unet, file, scale=1.0):
     result = set_peft_model_state_dict(unet, tensors)
     if result.unexpected_keys:
         raise ValueError(f"--lora {file}: keys that this UNet does not take: {result.unexpected_keys[:3]}")
+    scale_lora(unet, scale)
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                getattr(module, name).to(module.get_base_layer().weight)  # device and dtype, for inference
+
+
+def scale_lora(unet, scale):
+    """Let adapters act at `scale` times their trained strength."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_scale("default", scale)
-            for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
-                getattr(module, name).to(module.get_base_layer().weight)  # device and dtype, for inference
 
 
 def merge_lora(unet):

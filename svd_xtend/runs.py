@@ -6,7 +6,11 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +58,7 @@ def autocast_forward(model, precision):
 
 
 def make_optimizer(parameters, args):
-    """AdamW, torch's or bitsandbytes' with 8-bit state."""
+    """AdamW, torch's or bitsandbytes' with 8-bit state. Scalars, which are gates, have no weight decay."""
     import torch
 
     optimizer_class = torch.optim.AdamW
@@ -62,8 +66,10 @@ def make_optimizer(parameters, args):
         if not importlib.util.find_spec("bitsandbytes"):
             raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes")
         from bitsandbytes.optim import AdamW8bit as optimizer_class
+    gates = [p for p in parameters if p.ndim == 0]
+    groups = [{"params": [p for p in parameters if p.ndim]}] + [{"params": gates, "weight_decay": 0.0}] * bool(gates)
     return optimizer_class(
-        parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
     )  # fmt: skip
 
@@ -75,6 +81,25 @@ def record_args(accelerator, args):
     Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
     if args.report_to != "none":
         accelerator.init_trackers("svd_xtend", {k: v for k, v in told.items() if isinstance(v, (int, float, str))})
+
+
+SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "no_enhancer")  # must agree on resuming
+BELONGS_TO = ("pretrained_model_name_or_path", "pretrain_unet", "base_folder", "width", "height", "P_mean", "P_std")
+
+
+def compare_args(args):
+    """Before resuming: raise where what trains has another shape than in the run in --output_dir, warn where it was told
+    something else of what it learns."""
+    file = Path(args.output_dir, "args.json")
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for name in SHAPED_BY + BELONGS_TO:
+        old, new = before.get(name), getattr(args, name, None)
+        if name in before and str(old) != str(new):
+            if name in SHAPED_BY:
+                raise ValueError(
+                    f"--{name} {new}: the run in {args.output_dir} has {old}; pass that, or another --output_dir"
+                )
+            logger.warning("--%s was %s in the run that this one goes on from, now it is %s", name, old, new)
 
 
 @contextlib.contextmanager
@@ -100,6 +125,7 @@ class Metrics:
     def write(self, step, loss, lr, grad_norm, seconds):
         import torch
 
+        grad_norm = grad_norm if math.isfinite(grad_norm) else None  # fp16, skipped; JSON knows no infinity
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "s/step": round(seconds, 4)}
         if torch.cuda.is_available():
             row["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -108,13 +134,28 @@ class Metrics:
         return row
 
 
-def check_step(step, loss, lr, saved, failed, samples):
-    """Stop a run that learns nothing more: a loss that is not finite, more than 1 % of samples unreadable."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss} at learning rate {lr:g}. Lower --learning_rate, raise --lr_warmup_steps, or "
-            f"pass --mixed_precision bf16 or no. The checkpoint of step {saved} is whole; the same command resumes there."
-        )
+def begin_step():
+    """The time; the GPU's memory peak is counted anew."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter()
+
+
+def check_step(step, loss, grad_norm, skipped, lr, saved):
+    """Stop a run whose loss or gradient is not finite before it is saved; `skipped`: fp16's scaler saw to the gradient."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value) and not (skipped and name == "gradient norm"):
+            raise FloatingPointError(
+                f"step {step}: the {name} is {value} at learning rate {lr:g}. Lower --learning_rate, raise "
+                "--lr_warmup_steps, or pass --mixed_precision bf16 or no. The checkpoint of step "
+                f"{saved} is whole; the same command resumes there, with the new rate."
+            )
+
+
+def check_reading(failed, samples):
+    """Stop a run that cannot read more than 1 % of its samples."""
     if failed > max(2, 0.01 * samples):
         raise ValueError(
             f"--base_folder: {failed:.0f} of {samples} clips cannot be read, over 1 %; warnings above name them"
@@ -178,5 +219,10 @@ def push_to_hub(args):
     )  # fmt: skip
 
 
-if __name__ == "__main__":
-    print(best_precision())  # for the .sh files
+if __name__ == "__main__":  # for the .sh files: the precision, or what is wrong with the machine
+    import torch
+
+    smi = shutil.which("nvidia-smi")
+    if smi and not torch.cuda.is_available() and b"GPU" in subprocess.run([smi, "-L"], capture_output=True).stdout:
+        sys.exit("nvidia-smi sees a GPU and torch does not: install a torch that fits the driver, see pytorch.org")
+    print(best_precision())

@@ -11,14 +11,14 @@ A clip's motion can be read from its first frame and its motion_bucket_id, as fa
     shapes      1 or 2 of both kinds: what the embedded SVD is trained on
     pointed     pointed ones only: what it is measured on, since a true continuation exists
     fall        pointed ones that fall from rest, whatever they point at: the shifted domain, for fine-tuning
-    roam        1 to 3 of both kinds, all on smooth paths, the pointed ones away from where they point: only boxes tell
+    roam        1 to 3 of both kinds, far along smooth paths that neither nose nor bucket announces: only boxes tell
 
 Next: svd_xtend/tiny.py, the model.
 """
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +118,8 @@ def path(rng, domain, pointed, heading, start, pixels_per_frame, num_frames):
         return start + np.array([0, 1]) * pixels_per_frame * span * (t / span) ** 2
     if pointed and domain != "roam":
         return start + np.array([np.cos(heading), np.sin(heading)]) * pixels_per_frame * t
-    turn = rng.uniform(-0.35, 0.35) + rng.uniform(-0.1, 0.1) * np.arange(num_frames - 1)
+    bend = 0.5 if domain == "roam" else 1.0
+    turn = bend * (rng.uniform(-0.35, 0.35) + rng.uniform(-0.1, 0.1) * np.arange(num_frames - 1))
     away = rng.uniform(np.pi / 3, 5 * np.pi / 3) if pointed else rng.uniform(0, 2 * np.pi)
     angles = heading * pointed + away + np.cumsum(turn)
     steps = pixels_per_frame * rng.uniform(0.6, 1.1) * np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -134,6 +135,8 @@ def place_objects(rng, domain, count, pixels_per_frame, num_frames, width, heigh
             kind = rng.choice(POINTED if pointed else ROUND)
             radius, heading = rng.uniform(7, 9.5) * width / 64, rng.uniform(0, 2 * np.pi)
             start = rng.uniform([0, 0], [width, height])
+            if domain == "roam":
+                pixels_per_frame = rng.uniform(2.5, 5.5) * width / 64
             centers = path(rng, domain, pointed, heading, start, pixels_per_frame, num_frames)
             margin = 1.05 * radius
             inside = (centers > margin).all() and (centers < np.array([width, height]) - margin).all()
@@ -230,7 +233,8 @@ def measure(frames, clip):
 
 
 def segment_boxes(frames, colors):
-    """Boxes (f, n, 4) xyxy in [0, 1] of objects found by colour, white noses included; no area where none is found.
+    """Boxes (f, n, 4) xyxy in [0, 1] of objects found by colour, white noses included, and areas (f, n) in pixels,
+    without them; boxes have no area where nothing is found.
 
     The background is grey. A pixel is an object's where its chroma is more than 0.45 of the object's, in its direction; a
     white one is the nearest object's, within 2.2 radii of a disc of its area."""
@@ -249,13 +253,28 @@ def segment_boxes(frames, colors):
     columns, rows = masks.any(2), masks.any(3)
     first = columns.argmax(-1) / w, rows.argmax(-1) / h
     last = 1 - columns[..., ::-1].argmax(-1) / w, 1 - rows[..., ::-1].argmax(-1) / h
-    return np.stack([*first, *last], -1) * masks.any((2, 3))[..., None]
+    return np.stack([*first, *last], -1) * masks.any((2, 3))[..., None], areas
+
+
+def contrasting(tracklets, colors):
+    """Slots in those colours of the palette that are farthest in hue from the objects' `colors` (n, 3) uint8: a box that a
+    model draws by mistake is then not taken for an object."""
+
+    def hue(rgb):
+        chroma = rgb - rgb.mean(-1, keepdims=True)
+        return chroma / np.linalg.norm(chroma, axis=-1, keepdims=True)
+
+    likeness = (hue(tracklets.colors) @ hue(colors.astype(np.float64)).T).max(1)
+    return replace(tracklets, colors=tracklets.colors[np.argsort(likeness)])
 
 
 def measure_control(frames, clip):
     """How well frames (f, h, w, 3) uint8 follow the boxes of `clip`, from frame 1 on: mean_iou and success, the
-    fraction with IoU >= 0.5. An object that is not found, or is smeared over much more than its size, counts as it is."""
-    overlap = iou(segment_boxes(frames, clip.colors)[1:], clip.boxes[1:])
+    fraction with IoU >= 0.5. An object of less than 0.4 or more than 2 times its area is lost: its IoU is 0."""
+    boxes, areas = segment_boxes(frames, clip.colors)
+    ratio = areas / clip.areas
+    kept = (ratio > 0.4) & (ratio < 2)
+    overlap = (iou(boxes, clip.boxes) * kept)[1:]
     return {"mean_iou": float(overlap.mean()), "success": float((overlap >= 0.5).mean())}
 
 

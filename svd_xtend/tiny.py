@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from svd_xtend.runs import fast_bf16
-from svd_xtend.shapes import DOMAINS, HELD_OUT_SEED, make_clip, measure, measure_control, psnr, write_clips
+from svd_xtend.shapes import (
+    DOMAINS,
+    HELD_OUT_SEED,
+    contrasting,
+    make_clip,
+    measure,
+    measure_control,
+    psnr,
+    write_clips,
+)
 
 TINY_SVD = Path(__file__).parent / "tiny_svd"  # the shipped weights
 TINY_BOXES = Path(__file__).parent / "tiny_boxes"  # its box control
@@ -379,7 +388,7 @@ def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
     return figures
 
 
-def evaluate_control(folder, weights, picture=None, count=64):
+def evaluate_control(folder, weights, picture=None, count=64, lora=None):
     """{row: {mean_iou, success}} of held-out `roam` clips, whose boxes nothing in frame 0 announces: with boxes, without,
     and beside them the static copy and the measure's own ceiling. `picture`: PNG of the first clips: asked, without, with.
     """
@@ -389,14 +398,14 @@ def evaluate_control(folder, weights, picture=None, count=64):
     from svd_xtend.boxes import load_boxes
     from svd_xtend.tracklets import render
 
-    pipe = load_for_evaluation(folder)
+    pipe = load_for_evaluation(folder, lora)
     adapter, sheets = load_boxes(pipe.unet, weights), []
     rows = {"static copy": [], "VAE of the truth": [], "without boxes": [], "with boxes": []}
     for i, clip in held_out("roam", count):
         rows["static copy"].append(measure_control(np.repeat(clip.frames[:1], NUM_FRAMES, 0), clip))
         rows["VAE of the truth"].append(measure_control(reconstruct(pipe.vae, clip), clip))
-        made = {}
-        for name, boxes in (("without boxes", None), ("with boxes", clip.tracklets())):
+        made, asked = {}, contrasting(clip.tracklets().pad(adapter.config["slots"]), clip.colors)
+        for name, boxes in (("without boxes", None), ("with boxes", asked)):
             adapter.set(boxes)
             made[name] = sample(pipe, clip, i)
             rows[name].append(measure_control(made[name], clip))
@@ -421,7 +430,11 @@ if __name__ == "__main__":
     parser.add_argument("--picture", help="PNG of the first six, truth above model")
     args = parser.parse_args()
     if args.evaluate and args.tracklet_weights:
-        print(json.dumps(evaluate_control(args.evaluate, args.tracklet_weights, args.picture, args.clips), indent=1))
+        print(
+            json.dumps(
+                evaluate_control(args.evaluate, args.tracklet_weights, args.picture, args.clips, args.lora), indent=1
+            )
+        )
     elif args.evaluate:
         print(json.dumps(evaluate(args.evaluate, args.picture, args.domain, args.clips, args.lora), indent=1))
     elif args.output_dir:

@@ -1,7 +1,7 @@
 """Tracklets: boxes over time, one slot an object. Public formats in; crops, soft boxes and pictures out.
 
     python -m svd_xtend.tracklets gt/gt.txt --frames img1 --output_dir outputs/boxes      # look at an annotation
-    python -m svd_xtend.tracklets asked.json --frames img1 --score tracker.txt            # were the boxes obeyed?
+    python -m svd_xtend.tracklets clip_boxes.json --frames clip.mp4 --score tracker.txt   # were the boxes obeyed?
 
     format           told by                                    frames     boxes
     this project's   "tracklets", or "videos" of such           0-based    xyxy, fractions or pixels: see `own_format`
@@ -16,6 +16,7 @@ Next: svd_xtend/boxes.py, the layers that see them.
 import argparse
 import colorsys
 import configparser
+import functools
 import json
 import logging
 from dataclasses import dataclass, replace
@@ -107,8 +108,13 @@ class Tracklets:
         return Tracklets(boxes, valid, hard, palette(n), self.ids + more, self.categories + more)
 
     def soften(self, rng, probability):
-        """Mark each box as soft with this probability; `relaxed` then hides where exactly it was."""
-        return replace(self, hard=self.hard & (rng.random(self.hard.shape) >= probability))
+        """Mark boxes as soft with this probability; `relaxed` then hides where exactly they were.
+
+        For half of the objects each frame is drawn for itself, for the others all frames as one: tracks that are exact
+        throughout, as people draw them, would hardly ever occur otherwise."""
+        draws, whole = rng.random(self.hard.shape), rng.random(self.hard.shape[1]) < 0.5
+        draws = np.where(whole, draws[:1], draws)
+        return replace(self, hard=self.hard & (draws >= probability))
 
     def relaxed(self, rng=None):
         """Soft boxes grown on each side by Beta(1, 8) of the picture, at most to its border; without rng by the mean,
@@ -152,16 +158,34 @@ def malformed(file, where, expected, found):
 
 
 def read_tracklets(file, size=None):
-    """{video name: Tracklets} of an annotation file, in any of the formats above.
+    """{video name: Tracklets} of an annotation file, in any of the formats above; at least one.
 
     size: (width, height) in pixels of the pictures, for formats that do not tell it. Boxes that are not finite or have
     no area are left out, with a warning. Raises ValueError with file, record and what was expected.
     """
     file = Path(file)
     try:
-        text = file.read_text()
+        text, written = file.read_text(encoding="utf-8-sig"), file.stat().st_mtime_ns
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as an annotation file ({error})") from error
+    return parse(file, text, size, written)
+
+
+@functools.lru_cache(maxsize=2)  # a file of many videos is asked once for each of them
+def parse(file, text, size, written):
+    try:
+        found = dispatch(file, text, size)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if str(error).startswith(str(file)):
+            raise
+        formats = "one of the formats that svd_xtend/tracklets.py lists"
+        raise malformed(file, "the file", formats, f"{type(error).__name__}: {error}") from error
+    if not found:
+        raise malformed(file, "the file", "at least one video", "none")
+    return found
+
+
+def dispatch(file, text, size):
     if text.lstrip()[:1] not in ("[", "{"):
         words = next((line for line in text.splitlines() if line.strip()), "")
         return assemble(file, motchallenge(file, text) if "," in words else kitti(file, text), size)
@@ -343,9 +367,9 @@ def own_format(file, told, prefix):
             if not frame.isdigit():
                 raise malformed(file, f"{where}: boxes", "frames counted from 0", frame)
             scale = np.array([width, height, width, height])
-            expected = "[x1, y1, x2, y2] with x1 < x2 and y1 < y2, or null"
+            expected = "[x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, or null"
             box = None if box is None else np.array(numbers(file, f"{where}, frame {frame}", expected, box)) / scale
-            if box is not None and not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
+            if box is not None and not (np.isfinite(box).all() and box[0] <= box[2] and box[1] <= box[3]):
                 raise malformed(file, f"{where}, frame {frame}", expected, track["boxes"][frame])
             given[int(frame)] = box
         keys.append(dict(sorted(given.items())))
@@ -404,6 +428,18 @@ def tracklets_of(source, video, size, only=False):
     return next(iter(found.values())) if only and len(found) == 1 else found.get(video)
 
 
+def tracklets_for(source, path, size):
+    """Those of `source` for a picture: of the video in whose folder it lies or after which it is named, or the only ones."""
+    names = Path(path).absolute().parent.name, Path(path).stem
+    found = read_tracklets(source, size)
+    for name in names if len(found) > 1 else found:
+        if name in found:
+            return found[name]
+    raise ValueError(
+        f"{source}: has {len(found)} videos, none of them named {' or '.join(names)}: {sorted(found)[:5]}"
+    )
+
+
 def crop_of(size, width, height, resize_mode="crop"):
     """What video.load_image keeps of a picture of `size` (w, h), xyxy in fractions of it."""
     if resize_mode == "stretch":
@@ -424,16 +460,17 @@ def fit(tracklets, size, width, height, resize_mode, start, length, n, min_size=
 
 def draw_boxes(pixel_values, tracklets, first=1, line_width=None):
     """Self-tracking's target: frames (f, 3, h, w) uint8 with each valid box outlined in its colour, from frame `first`
-    on (frame 0 is the condition and stays clean). Lines lie inside the box, 4 px wide per 1024 of width."""
+    on (frame 0 is the condition and stays clean). Lines lie inside the box, 4 px wide per 1024 of width, at least 2."""
     from PIL import Image, ImageDraw
 
     frames = np.ascontiguousarray(pixel_values.transpose(0, 2, 3, 1))
-    line = line_width or max(1, round(LINE_WIDTH * frames.shape[2]))
+    line = line_width or max(2, round(LINE_WIDTH * frames.shape[2]))
     for f in range(first, len(frames)):
         picture = Image.fromarray(frames[f])
         for n in np.flatnonzero(tracklets.valid[f]):
             color, box = rgb(tracklets.colors[n]), pixel_box(tracklets.boxes[f, n], picture.size)
-            ImageDraw.Draw(picture).rectangle(box, outline=color, width=line)
+            most = (min(box[2] - box[0], box[3] - box[1]) + 1) // 2  # beyond it Pillow draws outwards
+            ImageDraw.Draw(picture).rectangle(box, outline=color, width=max(1, min(line, most)))
         frames[f] = np.asarray(picture)
     return frames.transpose(0, 3, 1, 2)
 
@@ -509,28 +546,29 @@ def score(asked, found, first=1):
 
 def main(args):
     """Render an annotation, or score a tracker's output against it."""
+    from PIL import Image
+
     from svd_xtend import video
 
-    files = video.list_frames(args.frames)
-    size = video.load_image(files[0]).size
+    clip = video.read_clip(args.frames) if Path(args.frames).is_file() else video.list_frames(args.frames)
+    clip = [frame if isinstance(frame, Image.Image) else video.load_image(frame) for frame in clip[: args.num_frames]]
+    size = clip[0].size
     asked = read_tracklets(args.tracklets, size)
     name = args.video or next(iter(asked))
     if name not in asked:
         raise SystemExit(f"--video {name}: not in {args.tracklets}, which has {', '.join(list(asked)[:5])}")
     if args.score:
         found = next(iter(read_tracklets(args.score, size).values()))
-        print(json.dumps(score(asked[name], found), indent=1))
+        print(json.dumps(score(asked[name].window(0, len(clip)), found), indent=1))
         return
-    files = files[: args.num_frames]
-    frames = render([video.load_image(file) for file in files], asked[name])
-    video.write_clip(Path(args.output_dir, name), frames, args.fps)
+    video.write_clip(Path(args.output_dir, name), render(clip, asked[name]), args.fps)
     print(f"{Path(args.output_dir, name)}.mp4 .gif .png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tracklets", help="annotation file, in any of the formats above")
-    parser.add_argument("--frames", required=True, help="folder of the video's frames")
+    parser.add_argument("--frames", required=True, help="folder of the video's frames, or a video file")
     parser.add_argument("--video", help="which video of the file; default: its first")
     parser.add_argument(
         "--score", metavar="FILE", help="a tracker's output on the generated video, MOTChallenge format"

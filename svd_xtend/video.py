@@ -42,6 +42,18 @@ def load_image(path, width=None, height=None, resize_mode="crop"):
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
+def picture_size(paths):
+    """(width, height) of the first picture that can be read, upright by its EXIF tag, from its header alone."""
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+                return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
+        except (OSError, ValueError, SyntaxError):
+            continue
+    raise ValueError(f"{paths[0]}: cannot be read as a picture, nor can {len(paths) - 1} others beside it")
+
+
 def to_rgb(image):
     """8-bit RGB; 16-bit and float pictures are scaled where `convert` would clip them."""
     if image.mode.startswith("I") or image.mode == "F":

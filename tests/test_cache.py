@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import cache_latents
 import train_svd
@@ -122,14 +126,16 @@ def test_a_cache_of_another_size_or_crop_is_refused(run, frames, cached, flags, 
 
 
 def test_a_cache_of_another_model_is_refused_and_half_precision_is_the_same_model(pipe, cached):
-    cache.check(cached, pipe, 64, 48, "crop")
+    cache.check(cached, pipe, "no", 64, 48, "crop")
     half = load_svd(str(TINY_SVD), torch.float16)
-    cache.check(cached, half, 64, 48, "crop")
-    pipe.vae.encoder.conv_in.weight.data[0, 0, 0, 0] += 0.5
+    cache.check(cached, half, "no", 64, 48, "crop")
+    with pytest.raises(ValueError, match="was made with precision no, this run has bf16"):
+        cache.check(cached, pipe, "bf16", 64, 48, "crop")
+    pipe.vae.encoder.conv_in.weight.data[0, 0, 0, 0] *= 1.002
     with pytest.raises(ValueError, match="was made with models"):
-        cache.check(cached, pipe, 64, 48, "crop")
+        cache.check(cached, pipe, "no", 64, 48, "crop")
     with pytest.raises(ValueError, match="no readable cache.json in it; make it with cache_latents.py"):
-        cache.check(cached / "none", pipe, 64, 48, "crop")
+        cache.check(cached / "none", pipe, "no", 64, 48, "crop")
 
 
 def test_the_size_is_told_before_and_is_the_size(frames, tmp_path, capsys, caplog):
@@ -149,19 +155,44 @@ def test_a_full_disk_is_told_before_anything_is_encoded(frames, tmp_path, monkey
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
-def test_clip_and_decoder_come_to_the_device_only_to_render(pipe):
-    """On the CPU, with `meta` in the place of a GPU."""
-    pipe.unet.requires_grad_(False)
-    checkpoints.place(pipe, pipe.unet, "no", torch.device("cpu"), encoders=False)
-    assert {next(m.parameters()).device.type for m in (pipe.vae.encoder, pipe.vae.decoder, pipe.image_encoder)} == {
-        "cpu"
-    }
+def test_clip_and_decoder_stay_on_the_cpu_and_come_to_the_device_only_to_render(pipe):
+    """With `meta` in the place of a GPU."""
+    gpu = torch.device("meta")
+    checkpoints.place_encoders(pipe, torch.float32, gpu, whole=False)
+    modules = {"encoder": pipe.vae.encoder, "decoder": pipe.vae.decoder, "clip": pipe.image_encoder}
+    assert {k: next(m.parameters()).device.type for k, m in modules.items()} == {
+        "encoder": "meta", "decoder": "cpu", "clip": "cpu"
+    }  # fmt: skip
     moved = []
-    for module in (pipe.vae.decoder, pipe.image_encoder):
-        module.to = lambda where, module=module: moved.append((type(module).__name__, str(where)))
-    with checkpoints.at_hand(pipe, torch.device("meta")):
-        assert [where for _, where in moved] == ["meta", "meta"]
-    assert [where for _, where in moved] == ["meta", "meta", "cpu", "cpu"]
+    for name in ("decoder", "clip"):
+        modules[name].to = lambda where, name=name: moved.append((name, str(where)))
+    with checkpoints.at_hand(pipe, gpu):
+        assert sorted(moved) == [("clip", "meta"), ("decoder", "meta")]
+    assert sorted(moved[2:]) == [("clip", "cpu"), ("decoder", "cpu")]
+
+
+def test_a_video_that_cannot_be_read_does_not_hold_up_the_others(frames, tmp_path, caplog):
+    """It is named, not tried again, and in training another clip stands in for it."""
+    (frames / "fall0001" / "004.png").write_bytes(b"no picture")
+    folder = make(tmp_path / "cache", frames)
+    assert "004.png: cannot be read as a picture" in caplog.text and "its video is left out" in caplog.text
+    data = data_of(frames, folder)
+    items = [data[i] for i in range(3)]
+    assert [item["failed"] for item in items].count(1) >= 1 and all("moments" in item for item in items)
+
+
+def test_two_processes_share_the_work_and_forget_no_video(frames, tmp_path):
+    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", "cache_latents.py", f"--base_folder={frames}", "--width=64", "--height=48",
+               f"--latent_cache={tmp_path / 'two'}"]  # fmt: skip
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "3 to do" in done.stderr and "2 process" in done.stderr
+    one = make(tmp_path / "one", frames)
+    for file in one.glob("*.safetensors"):
+        a, b = load_file(file), load_file(tmp_path / "two" / file.name)
+        assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
 
 def test_cache_json_says_what_it_was_made_with(cached):

@@ -77,14 +77,6 @@ def test_a_quarter_of_the_clips_has_no_boxes_and_none_is_drawn_there(boxed_clips
     assert all((items[i]["pixel_values"] == plain[i]["pixel_values"]).all() for i in empty)
 
 
-def test_mirrored_clips_have_mirrored_boxes(boxed_clips):
-    flags = "--draw_boxes=no", "--soft_boxes=0", "--box_dropout=0"
-    there, mirrored = dataset(boxed_clips, *flags)[1], dataset(boxed_clips, *flags, "--flip_prob=1")[1]
-    assert (there["pixel_values"] == mirrored["pixel_values"][..., ::-1]).all()
-    x0, x1 = there["foreground"][..., 0], mirrored["foreground"][..., 2]
-    np.testing.assert_allclose(x0[x0 > 0], 1 - x1[x0 > 0], atol=1e-6)
-
-
 def test_colours_change_from_sample_to_sample_and_items_repeat(boxed_clips):
     data = dataset(boxed_clips)
     assert len({data[i]["cond"]["colors"].tobytes() for i in range(6)}) > 3
@@ -100,7 +92,7 @@ def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(boxed_cl
     assert not data[index_of(data, "roam0001")]["cond"]["valid"].any()
     for file in (tmp_path / "some").glob("*/tracklets.json"):
         file.unlink()
-    with pytest.raises(ValueError, match="^--tracklets .*: no boxes for any video, roam0000 for one"):
+    with pytest.raises(ValueError, match="^--tracklets .*: no boxes for any video; expected a file naming roam0000"):
         dataset(tmp_path / "some")
     with pytest.raises(ValueError, match=r"tracklets.json: the file: expected JSON"):
         (tmp_path / "some" / "roam0001" / "tracklets.json").write_text("{")
@@ -110,9 +102,10 @@ def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(boxed_cl
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--box_dropout=1.5"], "--box_dropout 1.5: must be between 0 and 1"),
-        (["--validation_tracklets", "a.json"], "--validation_tracklets"),
-        (["--stage=4"], "--stage"),
+        (["--box_dropout=1.5"], "error: --box_dropout 1.5: must be between 0 and 1"),
+        (["--validation_tracklets", "a.json"], "error: --validation_tracklets: must be as many as --validation_image"),
+        (["--stage=4"], "error: argument --stage: invalid choice: 4"),
+        (["--stage=1", "--latent_cache=c"], "error: --latent_cache: holds frames as they are"),
     ],
 )
 def test_bad_flags_are_one_error(flags, told, capsys):
@@ -231,10 +224,11 @@ def test_half_precision_trains_and_renders(run, boxed_clips):
     assert all(v.dtype == torch.float32 for v in load_file(out / "checkpoint-1" / "trained.safetensors").values())
 
 
-def test_two_processes_take_the_step_that_one_would(boxed_clips, tmp_path):
+def test_two_processes_take_the_step_that_one_would(boxed_clips, tmp_path, weights):
     """Same samples, averaged gradients: the adapters of 2 processes x 1 clip are those of 1 x 2, but for rounding."""
     flags = ["--width=64", "--height=48", "--num_workers=0", "--validation_steps=0", "--max_train_steps=2", "--seed=1",
-             "--learning_rate=1e-3", "--lr_warmup_steps=0", "--lr_scheduler=constant", "--adam_epsilon=1", f"--base_folder={boxed_clips}"]  # fmt: skip
+             "--learning_rate=1e-3", "--lr_warmup_steps=0", "--lr_scheduler=constant", "--adam_epsilon=1", "--adam_weight_decay=0",
+             f"--base_folder={boxed_clips}", f"--tracklet_weights={weights}"]  # fmt: skip
     env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     logs = {}
     for count in (1, 2):
@@ -246,15 +240,11 @@ def test_two_processes_take_the_step_that_one_would(boxed_clips, tmp_path):
         logs[count] = done.stdout + done.stderr
     assert "2 process(es)" in logs[2] and "1 process(es)" in logs[1]
     one, two = (load_file(tmp_path / str(count) / b.FILE_NAME) for count in (1, 2))
-    start = untrained()
+    start = load_file(weights / b.FILE_NAME)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-8)
-    assert any((one[name] - start[name]).abs().max() > 0 for name in one)
-
-
-def untrained():
-    unet = load_svd(str(TINY_SVD), torch.float32).unet
-    return {b.public_name(k): v for k, v in b.new_boxes(unet, seed=1).state_dict().items()}
+        moved = (one[name] - start[name]).abs().max()
+        assert moved > 0 or start[name].ndim == 0, name  # Adam moves a gate by less than a float's last digit here
 
 
 # ----------------------------------------------------------------------------------------------------------- inference

@@ -9,7 +9,7 @@ from PIL import Image
 
 from svd_xtend import tracklets as t
 from svd_xtend import video
-from svd_xtend.shapes import make_clip, measure_control, segment_boxes, write_clips
+from svd_xtend.shapes import contrasting, make_clip, measure_control, segment_boxes, write_clips
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="real annotations are not part of the repo")
@@ -148,7 +148,14 @@ def test_the_readmes_boxes_are_read(tmp_path):
         ('["a"]', "frame 0"),
         ('{"tracklets": [{"boxes": {"0": [0, 0, 1]}}]}', "tracklets[0], frame 0"),
         ('{"tracklets": [{"boxes": {"x": [0, 0, 1, 1]}}]}', "frames counted from 0"),
-        ('{"tracklets": [{"boxes": {"0": [0.5, 0, 0.5, 1]}}]}', "x1 < x2"),
+        ('{"tracklets": [{"boxes": {"0": [0.5, 0, 0.4, 1]}}]}', "x1 <= x2"),
+        ('{"tracklets": [], "size": [1]}', "one of the formats"),
+        ('{"videos": {"a": []}}', "one of the formats"),
+        ('{"annotations": null}', "one of the formats"),
+        ('[{"labels": 3}]', "one of the formats"),
+        ('{"frames": "14"}', "a list"),
+        ("[]", "at least one video"),
+        ("", "at least one video"),
         ('{"tracklets": {}}', "a list"),
         ('{"videos": [], "annotations": [{"video_id": 1}]}', "annotations[0]: video_id"),
     ],
@@ -190,6 +197,25 @@ def test_real_annotations_parse():
         assert (len(got), len(got.ids)) == (frames, objects) and category in got.categories
         seen = t.fit(got, size or (854, 480), 512, 320, "crop", 0, 14, 8)
         assert seen.boxes.min() >= 0 and seen.boxes.max() <= 1 and seen.valid.any()
+
+
+def test_a_picture_finds_its_own_boxes_in_a_file_of_many_or_says_that_there_are_none(tmp_path):
+    a, b = some(4, 1), some(5, 1)
+    for name, tracklets in (("a", a), ("b", b)):
+        t.write_tracklets(tmp_path / f"{name}.json", tracklets)
+    many = {"videos": {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab"}}
+    file = write(tmp_path / "many.json", many)
+    assert len(t.tracklets_for(file, "x/b/000.png", (8, 8))) == 5  # after its folder
+    assert len(t.tracklets_for(file, "x/a.png", (8, 8))) == 4  # after its name
+    assert len(t.tracklets_for(tmp_path / "a.json", "x/photo.png", (8, 8))) == 4  # the only ones
+    with pytest.raises(ValueError, match=r"has 2 videos, none of them named x or photo: \['a', 'b'\]"):
+        t.tracklets_for(file, "x/photo.png", (8, 8))
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    t.write_tracklets(tmp_path / "a.json", some(4, 1))
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.json").read_bytes())
+    assert len(t.read_tracklets(tmp_path / "b.json")["b"]) == 4
 
 
 def test_a_folder_of_annotations_is_searched_for_the_videos_name(tmp_path):
@@ -272,7 +298,10 @@ def test_soft_boxes_hold_the_hard_ones_and_grow_by_a_ninth_on_average():
     assert (margins >= 0).all() and margins.mean() == pytest.approx(1 / 9, rel=0.03) and not soft.hard.any()
     assert soft.boxes.min() >= 0 and soft.boxes.max() <= 1
     np.testing.assert_allclose(ours.soften(rng, 1.0).relaxed().boxes[0, 0], [0.5 - 1 / 9] * 2 + [0.5 + 1 / 9] * 2)
-    assert ours.soften(rng, 0.8).hard.mean() == pytest.approx(0.2, abs=0.03)
+    many = t.Tracklets(np.tile(boxes[:8], (1, 500, 1)), np.ones((8, 500), bool), np.ones((8, 500), bool), t.palette(500), ("",) * 500, ("",) * 500)  # fmt: skip
+    hard = many.soften(rng, 0.8).hard
+    assert hard.mean() == pytest.approx(0.2, abs=0.04)
+    assert hard.all(0).mean() == pytest.approx(0.1, abs=0.05)  # half of the objects are soft or hard as a whole
     assert (ours.soften(rng, 0.0).relaxed(rng).boxes == boxes).all()
 
 
@@ -285,7 +314,7 @@ def test_drawn_boxes_are_found_again_by_their_colour_and_frame_0_is_clean():
     for f in range(1, 5):
         color = (ours.colors * 255).round()
         hits = (np.abs(drawn[f].transpose(1, 2, 0)[None] - color[:, None, None]).max(-1) < 2).any((1, 2))
-        assert hits.tolist() == ours.valid[f].tolist() or not hits[~ours.valid[f]].any()
+        assert not hits[~ours.valid[f]].any() and hits.sum() >= 1
     alone = some(2, 1, seed=1)
     alone = t.Tracklets(alone.boxes, np.ones((2, 1), bool), np.ones((2, 1), bool), alone.colors, ("0",), ("",))
     y, x = np.nonzero((t.draw_boxes(grey[:2], alone)[1] != 100).any(0))
@@ -293,11 +322,19 @@ def test_drawn_boxes_are_found_again_by_their_colour_and_frame_0_is_clean():
     np.testing.assert_allclose(found, alone.boxes[1, 0], atol=1 / 48)
 
 
+def test_lines_never_leave_a_thin_box():
+    there = np.ones((2, 1), bool)
+    box = np.tile(np.array([0.25, 0.25, 0.25 + 1 / 64, 0.75], np.float32), (2, 1, 1))
+    thin = t.Tracklets(box, there, there, t.palette(1), ("0",), ("",))
+    y, x = np.nonzero(t.draw_boxes(np.zeros((2, 3, 48, 64), np.uint8), thin, line_width=3)[1, 0])
+    assert (x.min(), x.max(), y.min(), y.max()) == (16, 16, 12, 35)
+
+
 def test_lines_are_as_thick_as_the_picture_is_wide():
     there = np.ones((2, 1), bool)
     box = np.tile(np.array([0.25, 0.25, 0.75, 0.75], np.float32), (2, 1, 1))
     ours = t.Tracklets(box, there, there, t.palette(1), ("0",), ("",))
-    for width, line in ((512, 2), (1024, 4), (64, 1)):
+    for width, line in ((512, 2), (1024, 4), (2048, 8), (64, 2)):
         drawn = t.draw_boxes(np.zeros((2, 3, width // 2, width), np.uint8), ours)[1, 0]
         assert (drawn[width // 4, : width // 2] > 0).sum() == line
 
@@ -349,11 +386,27 @@ def test_control_is_measured_by_the_objects_own_pixels():
     clips = [make_clip((9, i), "roam") for i in range(12)]
     assert np.mean([measure_control(c.frames, c)["mean_iou"] for c in clips]) > 0.9
     assert min(measure_control(c.frames, c)["success"] for c in clips) == 1
-    still = [measure_control(np.repeat(c.frames[:1], 8, 0), c)["mean_iou"] for c in clips]
-    assert np.mean(still) < 0.5
     grey = np.full_like(clips[0].frames, 100)
     assert measure_control(grey, clips[0]) == {"mean_iou": 0.0, "success": 0.0}
-    assert (segment_boxes(grey, clips[0].colors) == 0).all()
+    assert all((found == 0).all() for found in segment_boxes(grey, clips[0].colors))
+
+
+def test_boxes_drawn_by_mistake_are_not_taken_for_objects():
+    """The asked outlines alone, on grey, in the colours that the evaluation uses."""
+    scores = []
+    for i in range(12):
+        clip = make_clip((9, i), "roam")
+        asked = contrasting(clip.tracklets().pad(8), clip.colors)
+        drawn = t.draw_boxes(np.full((8, 3, 48, 64), 100, np.uint8), asked).transpose(0, 2, 3, 1)
+        scores.append(measure_control(drawn, clip)["mean_iou"])
+    assert np.mean(scores) < 0.05
+
+
+def test_roaming_shapes_go_far():
+    """A picture that stands still does not follow the boxes by accident."""
+    clips = [make_clip((9, i), "roam") for i in range(24)]
+    still = [measure_control(np.repeat(c.frames[:1], 8, 0), c)["mean_iou"] for c in clips]
+    assert np.mean(still) < 0.3
 
 
 def test_iou_of_known_boxes():

@@ -112,6 +112,63 @@ def test_a_limit_of_one_keeps_the_newest_and_partial_ones_do_not_count(run, tmp_
     assert checkpoints.pick_checkpoint(str(out / "checkpoint-3"), tmp_path / "new").name == "checkpoint-3"
 
 
+def test_what_killed_saves_left_is_cleared_away(run):
+    out = run("--max_train_steps=1", *SMALL)
+    (out / "partial-checkpoint-9").mkdir()
+    run("--max_train_steps=2", *SMALL)
+    assert sorted(p.name for p in out.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_going_back_sets_later_checkpoints_aside(run):
+    """Else a limit of one would keep the branch that was left, and `latest` would return to it."""
+    flags = [*SMALL, "--checkpointing_steps=1"]
+    out = run("--max_train_steps=3", *flags)
+    run(
+        "--max_train_steps=2",
+        *flags,
+        f"--resume_from_checkpoint={out / 'checkpoint-1'}",
+        "--checkpoints_total_limit=1",
+    )
+    assert [p.name for p in find_checkpoints(out)] == ["checkpoint-2"]
+    assert (out / "abandoned-checkpoint-3").is_dir()
+
+
+def test_a_resumed_run_has_the_learning_rate_and_adams_flags_that_it_is_given(run):
+    out = run("--max_train_steps=2", *SMALL, "--learning_rate=1e-3")
+    run("--max_train_steps=4", *SMALL, "--learning_rate=1e-5", "--adam_beta1=0.5", "--adam_weight_decay=0.3")
+    rates = [json.loads(line)["lr"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+    group = torch.load(out / "checkpoint-4" / "optimizer.bin", weights_only=False)["param_groups"][0]
+    assert group["betas"][0] == 0.5 and group["weight_decay"] == 0.3 and group["lr"] == pytest.approx(1e-5)
+
+
+def test_accumulation_may_change_on_resuming(run):
+    flags = [*SMALL, "--checkpointing_steps=1"]
+    run("--max_train_steps=1", *flags)
+    out = run("--max_train_steps=3", *flags, "--gradient_accumulation_steps=3")
+    assert checkpoints.read_progress(out / "checkpoint-3") == {"step": 3, "samples": 7, "seed": 1}
+
+
+def test_resuming_another_run_is_noticed(run, caplog, tmp_path, clips):
+    out = run("--max_train_steps=1", lora=True)
+    with pytest.raises(ValueError, match="^--lora_alpha 3.0: the run in .* has None"):
+        run("--max_train_steps=2", "--lora_alpha=3", lora=True)
+    shutil.copytree(clips, tmp_path / "other")
+    run("--max_train_steps=2", f"--base_folder={tmp_path / 'other'}", lora=True)
+    assert "--base_folder was" in caplog.text and out.is_dir()
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(run):
+    def poison(model, pipe, batch, args):
+        value = train_svd.svd_loss(model, pipe, batch, args)
+        if batch["index"].item() == 1:  # the loss stays what it is
+            value.register_hook(lambda gradient: gradient * float("inf"))
+        return value
+
+    with pytest.raises(FloatingPointError, match="step 2: the gradient norm is nan.*checkpoint of step 1 is whole"):
+        run("--max_train_steps=3", *SMALL, "--checkpointing_steps=1", loss=poison)
+
+
 def test_a_save_that_dies_leaves_the_last_checkpoint_whole(run, monkeypatch):
     out = run("--max_train_steps=1", *SMALL)
     before = trained(out, 1)
@@ -218,11 +275,16 @@ def test_folders_without_weights_are_clear_errors(run, tmp_path):
 
 
 def test_all_parameters_train_by_default_and_ema_follows_them(run, pipe):
-    out = run("--max_train_steps=1", "--use_ema")
-    start, now = dict(pipe.unet.named_parameters()), trained(out, 1)
+    out = run("--max_train_steps=3", "--use_ema")
+    start, now = dict(pipe.unet.named_parameters()), trained(out, 3)
     assert now.keys() == {name for name in start if not is_dead(name)}  # attn2's queries and keys have no effect
-    ema = load_file(out / "checkpoint-1" / "ema.safetensors")
+    ema = load_file(out / "checkpoint-3" / "ema.safetensors")
     assert ema.keys() == now.keys()
+    for name, value in now.items():
+        assert not torch.equal(value, start[name]), name
+        assert not torch.equal(value, ema[name]) and (ema[name] - start[name]).abs().max() > 0, name
+    assert not list((out / "checkpoint-3").glob("custom_checkpoint_2*"))
+    assert sum(f.stat().st_size for f in (out / "checkpoint-3").glob("custom*")) < 1e5  # averages are not kept twice
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
