@@ -97,7 +97,7 @@ class InstanceEnhancer(nn.Module):
         super().__init__()
         size = {"heads": heads, "dim_head": channels // heads}
         self.null, self.outside = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.randn(channels))
-        self.bias = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, heads))
+        self.bias = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, heads))
         self.fuse = nn.Sequential(
             nn.Linear(channels + token_dim, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU(),
             nn.Linear(channels, channels),
