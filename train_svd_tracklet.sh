@@ -2,12 +2,18 @@ base_folder="data/roam" # <- your folder of video folders of frames, each with i
 # Box control, in three stages. Without arguments: sets itself up, trains the embedded SVD on moving shapes, anywhere.
 #     bash train_svd_tracklet.sh
 #     bash train_svd_tracklet.sh --pretrained_model_name_or_path=/path/to/weight --tracklets=/path/to/annotations
-# Further flags are passed on to train_svd_tracklet.py in every stage, and win; the stages' folders are fixed.
+# Further flags are passed on to train_svd_tracklet.py in every stage, and win; --output_dir=FOLDER holds the stages' folders.
 set -euo pipefail
-if [[ " $* " == *" --output_dir"* || " $* " == *" --stage"* || " $* " == *" --tracklet_weights"* ]]; then
-    echo "--output_dir, --stage, --tracklet_weights: the three stages set them; launch train_svd_tracklet.py for one stage" >&2
-    exit 2
-fi
+out="" flags=()
+for flag in "$@"; do
+    case "$flag" in
+        --output_dir=*) out="${flag#*=}" ;;
+        --output_dir | --stage* | --tracklet_weights*)
+            echo "$flag: the three stages set it (--output_dir=FOLDER, in one word); launch train_svd_tracklet.py for one stage" >&2
+            exit 2 ;;
+        *) flags+=("$flag") ;;
+    esac
+done
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 bash "$here/install.sh"
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source "$here/.venv/bin/activate"; fi
@@ -18,13 +24,13 @@ if [[ "$base_folder" = "data/roam" && " $* " != *" --base_folder"* ]]; then # th
     (cd "$here" && python -m svd_xtend.shapes --base_folder data/roam --domain roam --clips 600)
 fi
 if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
-    out=outputs/tracklet
+    out="${out:-outputs/tracklet}" tiny=""
     recipe=(--width=512 --height=320 --gradient_checkpointing --checkpointing_steps=1000 --checkpoints_total_limit=2
         --validation_steps=1000 --decode_chunk_size=4)
     stages=("" "" "") # the presets of --stage: 50000, 50000 and 10000 steps
 else
     cd "$here"
-    out=outputs/tracklet_tiny
+    out="${out:-outputs/tracklet_tiny}" tiny=yes
     python -m svd_xtend.shapes --base_folder data/roam_held_out --domain roam --clips 4 --seed 7919
     recipe=(
         --width=64 --height=48 --num_frames=8 --num_workers=1 --per_gpu_batch_size=8 --vae_encode_chunk=8
@@ -43,10 +49,10 @@ for stage in 1 2 3; do
     # shellcheck disable=SC2086  # the stage's flags are words
     accelerate launch --num_cpu_threads_per_process "$(nproc)" "$here/train_svd_tracklet.py" --stage=$stage \
         --base_folder="$base_folder" --mixed_precision="$precision" "${recipe[@]}" ${stages[stage - 1]} \
-        "${from[@]}" --output_dir="$out/stage$stage" "$@"
+        ${from[@]+"${from[@]}"} --output_dir="$out/stage$stage" ${flags[@]+"${flags[@]}"}
 done
-if [ "$out" = outputs/tracklet_tiny ]; then
-    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd --tracklet_weights "$out/stage3" --clips 16 \
+if [ $tiny ]; then
+    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd --tracklet_weights "$out/stage3" --clips "${CLIPS:-16}" \
         --picture "$out/control.png"
     echo "look at $out/control.png: what was asked, without boxes, with boxes"
 fi

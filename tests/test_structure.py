@@ -1,6 +1,7 @@
 """Guard rails: what keeps the project readable in an evening."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_every_readme_command_runs(command, tmp_path, clips, boxed_clips, lora_f
         flags += " --width=64 --height=48" + " --num_frames=8 --num_inference_steps=1" * (not caching)
     if "train_" in command:
         flags += " --max_train_steps=1"
-    done = subprocess.run(command + flags, shell=True, cwd=ROOT, capture_output=True, text=True)
+    env = {**os.environ, "CLIPS": "1"}  # that train_svd_tracklet.sh measures at its end
+    done = subprocess.run(command + flags, shell=True, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(tmp_path.iterdir())
