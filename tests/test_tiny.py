@@ -54,11 +54,11 @@ def test_vae_reconstructs_held_out_clips():
 
 
 def test_shapes_move_where_they_point():
-    """On 12 clips; the model card has the figures, and the bar of + 6 dB, on 64."""
+    """The bars, on 12 clips; the model card has the figures of 64."""
     figures = evaluate(TINY_SVD, count=12)
     assert figures["model"]["centroid_error"] <= 1.2
     assert figures["model"]["kept"] >= 0.95
-    assert figures["model"]["psnr"] >= figures["static copy"]["psnr"] + 5
+    assert figures["model"]["psnr"] >= figures["static copy"]["psnr"] + 6
 
 
 def test_shipped_weights_are_small_and_stock():
