@@ -192,7 +192,7 @@ def test_resuming_with_other_trained_parameters_is_a_clear_error(run):
 def test_checkpoint_holds_what_trains_and_nothing_else(run, pipe):
     out = run("--max_train_steps=1", *SMALL)
     names = {n for n, _ in pipe.unet.named_parameters() if "conv_out" in n or "mid_block.attentions" in n}
-    assert trained(out, 1).keys() == names
+    assert trained(out, 1).keys() == {name for name in names if not is_dead(name)}
 
 
 def test_scale_lr_multiplies_by_the_clips_of_a_step(run):
