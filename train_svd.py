@@ -482,8 +482,8 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     after = look(args.max_train_steps) if args.validation_steps else []
     if accelerator.is_main_process:
         if after:
-            rows = [(image, old, new) for (_, image, old), (_, _, new) in zip(before, after)]
-            video.write_comparison(args.output_dir, rows, args.fps)
+            rows = [{"init image": i, "before": b, "after": a} for (_, i, b), (*_, a) in zip(before, after)]
+            video.write_comparison(Path(args.output_dir, "comparison"), rows, args.fps)
         with runs.averaged(ema, trained):
             export(pipe, unet, args)
         if args.push_to_hub:

@@ -84,11 +84,11 @@ def add_boxes(unet, args):
         load_lora(unet, args.lora)
     if args.tracklet_weights:
         adapter = load_boxes(unet, args.tracklet_weights)
-        told = adapter.config["slots"], not adapter.config["enhancer"]
-        if told != (args.max_objects, args.no_enhancer):
-            raise ValueError(f"--tracklet_weights: has (max_objects, no_enhancer) {told}; pass flags that agree")
+        told = adapter.config["slots"], adapter.config["enhancer"]
+        if told != (args.max_objects, args.enhancer):
+            raise ValueError(f"--tracklet_weights: has (max_objects, enhancer) {told}; pass flags that agree")
     else:
-        adapter = new_boxes(unet, args.max_objects, enhancer=not args.no_enhancer, seed=args.seed)
+        adapter = new_boxes(unet, args.max_objects, enhancer=args.enhancer, seed=args.seed)
     unet.requires_grad_(False)
     if named := [*adapter.replaced, *args.train_params]:
         select_parameters(unet, argparse.Namespace(train_params=named))
@@ -152,7 +152,7 @@ def script_parser(stage=1):
     g.add_argument("--soft_boxes", type=float, help="fraction of boxes shown as a larger region; default: by stage")
     g.add_argument("--box_dropout", type=float, default=0.25, help="fraction of clips without boxes; default: %(default)s")
     g.add_argument("--foreground_weight", type=float, default=1.0, help="weight of the loss inside boxes (TrackDiffusion: 2); default: %(default)s")
-    g.add_argument("--no_enhancer", action="store_true", help="without TrackDiffusion's Instance Enhancer: fewer parameters, weaker identity")
+    g.add_argument("--enhancer", choices=["carry", "tokens", "none"], default="carry", help="in the decoder: TrackDiffusion's Instance Enhancer that also carries frame 0's features along with the boxes, as published, or none; default: %(default)s")
     g.add_argument("--validation_tracklets", nargs="+", default=[], metavar="FILE", help="boxes for each --validation_image; default: those of its own video")
     # fmt: on
     return parser

@@ -3,6 +3,7 @@ base_folder="data/roam" # <- your folder of video folders of frames, each with i
 #     bash train_svd_tracklet.sh
 #     bash train_svd_tracklet.sh --pretrained_model_name_or_path=/path/to/weight --tracklets=/path/to/annotations
 # Further flags are passed on to train_svd_tracklet.py in every stage, and win; --output_dir=FOLDER holds the stages' folders.
+# STEPS="100 100 60" are those of the embedded SVD's stages, CLIPS=16 the held-out ones that it is measured on.
 set -euo pipefail
 out="" flags=()
 for flag in "$@"; do
@@ -34,13 +35,14 @@ else
     python -m svd_xtend.shapes --base_folder data/roam_held_out --domain roam --clips 4 --seed 7919
     recipe=(
         --width=64 --height=48 --num_frames=8 --num_workers=1 --per_gpu_batch_size=8 --vae_encode_chunk=8
-        --P_mean=1.5 --lr_warmup_steps=10 --checkpointing_steps=100 --checkpoints_total_limit=1 --validation_steps=1000
+        --P_mean=2 --lr_warmup_steps=10 --checkpointing_steps=100 --checkpoints_total_limit=1 --validation_steps=1000
         --num_inference_steps=10 --validation_image data/roam_held_out/roam000{0,1,2,3}/000.png
     )
+    read -r first second third <<<"${STEPS:-100 100 60}"
     stages=(
-        "--seed=1 --max_train_steps=125 --learning_rate=2e-3"
-        "--seed=2 --max_train_steps=125 --learning_rate=1e-3"
-        "--seed=3 --max_train_steps=50 --learning_rate=1e-3"
+        "--seed=1 --max_train_steps=$first --learning_rate=2e-3"
+        "--seed=2 --max_train_steps=$second --learning_rate=1e-3"
+        "--seed=3 --max_train_steps=$third --learning_rate=1e-3"
     )
 fi
 for stage in 1 2 3; do
@@ -53,6 +55,6 @@ for stage in 1 2 3; do
 done
 if [ $tiny ]; then
     python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd --tracklet_weights "$out/stage3" --clips "${CLIPS:-16}" \
-        --picture "$out/control.png"
-    echo "look at $out/control.png: what was asked, without boxes, with boxes"
+        --picture "$out/control"
+    echo "look at $out/control.gif and .png: what was asked, without boxes, with boxes"
 fi

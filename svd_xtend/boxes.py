@@ -8,10 +8,11 @@ In each spatial transformer block, where diffusers' GLIGEN branch has its place:
 
     x = x + attn1(x)                                                 stock
     x = x + tanh(a) attn([x; boxes])[: hw],  x = x + tanh(b) ff(x)   every block    Boximator Sec. 4.1, GLIGEN Eq. 8
-    x = x + tanh(c) attn(x, instances),      x = x + tanh(d) ff(x)   decoder only   TrackDiffusion's Instance Enhancer
+    x = x + tanh(c) mlp([x; carried])                                decoder only   ours: frame 0's features, see `carry`
+    x = x + tanh(d) attn(x, instances),      x = x + tanh(e) ff(x)   decoder only   TrackDiffusion's Instance Enhancer
     x = x + attn2(x, image),  x = x + ff(x)                          stock
 
-The gates a, b, c, d start at 0: a fresh adapter changes nothing. Next: train_svd_tracklet.py.
+The gates a to e start at 0: a fresh adapter changes nothing. Next: train_svd_tracklet.py.
 """
 
 import json
@@ -53,6 +54,35 @@ def pool_boxes(x, boxes, height, width):
     return rearrange(samples.mean(-1), "b c n -> b n c")
 
 
+def carry(x, boxes, valid, hard, points, height, width):
+    """What each position shows if every object moved with its box: frame 0's features x (b, h w, c) of the place that came
+    to lie there, (b, f, h w, c), and where in its box a position is, (b, f, h w, 4): x and y in [-1, 1], whether it is in
+    one, whether that is hard. 0 outside boxes, and in those of objects that frame 0 does not hold.
+
+    boxes (b, f, n, 4), valid and hard (b, f, n), points (h w, 2). Between two hard boxes an object grows as they do;
+    where one is soft, which tells no size, it keeps its own. The smaller of two boxes lies in front."""
+    boxes, p = boxes.float()[:, :, None], points.float()[:, None]  # (b, f, 1, n, 4), (h w, 1, 2)
+    inside = ((boxes[..., :2] < p) & (p < boxes[..., 2:])).all(-1) & (valid * valid[:, :1] > 0)[:, :, None]
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    own = torch.where(inside, area, torch.inf).argmin(-1, keepdim=True)  # (b, f, h w, 1): the slot in front
+    inside = inside.any(-1, keepdim=True).to(x.dtype)
+
+    def of_own(values):  # (b, 1 or f, 1, n, k) -> (b, f, h w, k)
+        values = values.expand(*own.shape[:3], *values.shape[3:])
+        return values.gather(3, own[..., None].expand(*own.shape, values.shape[-1])).squeeze(3)
+
+    now, first, exact = of_own(boxes), of_own(boxes[:, :1]), of_own((hard * hard[:, :1])[:, :, None, :, None])
+    size, first_size = now[..., 2:] - now[..., :2], first[..., 2:] - first[..., :2]
+    off_center = points - (now[..., :2] + now[..., 2:]) / 2
+    scale = torch.where(exact > 0, first_size / size.clamp(min=1e-3), 1)
+    source = (first[..., :2] + first[..., 2:]) / 2 + off_center * scale
+    maps = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
+    grid = (2 * source - 1).to(x.dtype)
+    carried = nn.functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    place = torch.cat([2 * off_center / size.clamp(min=1e-3), torch.ones_like(exact), exact], -1).to(x.dtype)
+    return rearrange(carried, "b c f p -> b f p c") * inside, place * inside
+
+
 def foreground_weight(boxes, height, width, weight):
     """(b, f, n, 4) -> (b, f, 1, height, width) of mean 1: `weight` times as much inside boxes (TrackDiffusion: 2)."""
     x0, y0, x1, y1 = boxes.float()[..., None, None].unbind(3)
@@ -91,9 +121,11 @@ class InstanceEnhancer(nn.Module):
 
     Beyond TrackDiffusion: a bias on that attention, learned from where a visual token lies relative to the box's sides, and
     a learned token for those that lie in none. Being inside is a product of four comparisons, which dot products of
-    position features are slow to learn: in a toy, 300 steps explained 20 % of it without the bias, and 76 % with it."""
+    position features are slow to learn: in a toy, 300 steps explained 20 % of it without the bias, and 76 % with it.
+    And, with `carrying`, before that attention: what frame 0 shows of an object is brought to where its box is, place by
+    place. One token for an object tells what it is, but hardly how it looks; its features of frame 0 do."""
 
-    def __init__(self, channels, token_dim, heads):
+    def __init__(self, channels, token_dim, heads, carrying):
         super().__init__()
         size = {"heads": heads, "dim_head": channels // heads}
         self.null, self.outside = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.randn(channels))
@@ -108,10 +140,21 @@ class InstanceEnhancer(nn.Module):
         self.attn = Attention(channels, cross_attention_dim=channels, **size)
         self.ff = FeedForward(channels, activation_fn="geglu")
         self.alpha_attn, self.alpha_dense = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.0))
+        self.carrying = carrying
+        if carrying:
+            self.norm_own, self.norm_carried = nn.LayerNorm(channels), nn.LayerNorm(channels)
+            self.mlp = nn.Sequential(nn.Linear(2 * channels + 4, channels), nn.SiLU(), nn.Linear(channels, channels))
+            self.alpha_carry = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, x, control, height, width, points):
         """x (b f, h w, c) -> the same. control: see BoxAdapter.tokens; points (h w, 2): where each visual token is."""
-        tokens, boxes, valid, f = control
+        tokens, boxes, valid, hard, f = control
+        if self.carrying:
+            clips = [rearrange(y, "(b f) ... -> b f ...", f=f) for y in (x, boxes, valid, hard)]
+            carried, place = carry(clips[0][:, 0], *clips[1:], points, height, width)
+            parts = self.norm_own(clips[0]), self.norm_carried(carried), place
+            moved = self.mlp(torch.cat([part.to(x.dtype) for part in parts], -1))
+            x = x + self.alpha_carry.tanh() * rearrange(moved, "b f p c -> (b f) p c")
         valid = valid[..., None].to(x.dtype)
         appearance = valid * pool_boxes(x, boxes, height, width) + (1 - valid) * self.null
         instances = self.norm_fused(self.fuse(torch.cat([self.norm_roi(appearance).to(tokens.dtype), tokens], -1)))
@@ -148,7 +191,9 @@ class BoxLayer(nn.Module):
         self.fuser = GatedSelfAttentionDense(channels, token_dim, heads, channels // heads)
         nn.init.zeros_(self.fuser.linear.bias)
         self.place = nn.Linear(2 * 2 * FREQUENCIES, channels)
-        self.injector = InstanceEnhancer(channels, token_dim, heads) if enhancer else None
+        self.injector = (
+            InstanceEnhancer(channels, token_dim, heads, enhancer == "carry") if enhancer != "none" else None
+        )
         self.size = None  # (h, w) of the block's features, known when they come
 
     def forward(self, x, control):
@@ -168,18 +213,21 @@ class BoxLayer(nn.Module):
 class BoxAdapter(nn.Module):
     """Encoder and layers for one UNet, which stays as it is: the adapter hangs on by hooks and is none of its children.
 
-    blocks: {path of a spatial transformer block: (channels, heads)}; enhancer: Instance Enhancers in the decoder;
-    slots: objects a clip may have. `set` decides which boxes hold, until the next `set`: backward under gradient
-    checkpointing runs the blocks again and must find the same ones.
+    blocks: {path of a spatial transformer block: (channels, heads)}; slots: objects a clip may have; enhancer, in the
+    decoder: TrackDiffusion's Instance Enhancer that also carries frame 0's features ("carry"), as published ("tokens"), or
+    "none". `set` decides which boxes hold, until the next `set`: backward under gradient checkpointing runs the blocks again
+    and must find the same ones.
     """
 
-    def __init__(self, blocks, token_dim, slots=8, enhancer=True):
+    def __init__(self, blocks, token_dim, slots=8, enhancer="carry"):
         super().__init__()
         self.config = {"blocks": blocks, "token_dim": token_dim, "slots": slots, "enhancer": enhancer}
         self.position_net = BoxEncoder(token_dim)
         self.layers = nn.ModuleDict(
             {
-                path.replace(".", "/"): BoxLayer(channels, token_dim, heads, enhancer and path.startswith("up_blocks"))
+                path.replace(".", "/"): BoxLayer(
+                    channels, token_dim, heads, enhancer if path.startswith("up_blocks") else "none"
+                )
                 for path, (channels, heads) in blocks.items()
             }
         )
@@ -242,7 +290,7 @@ class BoxAdapter(nn.Module):
         return callback
 
     def tokens(self, cond, copies, f):
-        """What blocks are handed: tokens (b f, n, d), boxes (b f, n, 4), valid (b f, n), f. `copies`: for each part of
+        """What blocks are handed: tokens (b f, n, d), boxes (b f, n, 4), valid and hard (b f, n), f. `copies`: for each part of
         the batch, whether it has the boxes (1) or none (0)."""
         if cond["boxes"].shape[1] != f:
             raise ValueError(f"boxes of {cond['boxes'].shape[1]} frames, but the clip has {f}: cut them with window()")
@@ -251,7 +299,7 @@ class BoxAdapter(nn.Module):
             k: torch.cat([v.to(device) * (copy if k == "valid" else 1) for copy in copies]) for k, v in cond.items()
         }
         tokens = self.position_net(**cond)
-        flat = (rearrange(x, "b f ... -> (b f) ...") for x in (tokens, cond["boxes"], cond["valid"]))
+        flat = (rearrange(x, "b f ... -> (b f) ...") for x in (tokens, *map(cond.get, ("boxes", "valid", "hard"))))
         return (*flat, f)
 
     # --------------------------------------------------------------------------------------------------------- hooks
@@ -336,7 +384,7 @@ def check_blocks(blocks, unet, source):
             )
 
 
-def new_boxes(unet, slots=8, token_dim=None, enhancer=True, seed=0):
+def new_boxes(unet, slots=8, token_dim=None, enhancer="carry", seed=0):
     """A fresh adapter, attached: the output is bit for bit that of the UNet. token_dim: by default that of CLIP."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -57,8 +57,13 @@ def autocast_forward(model, precision):
         model.forward = torch.autocast(device, half)(model.forward)
 
 
+GATE_RATE = (
+    10  # at the common rate gates, which start shut, stay almost shut for hundreds of steps, and all behind them waits
+)
+
+
 def make_optimizer(parameters, args):
-    """AdamW, torch's or bitsandbytes' with 8-bit state. Scalars, which are gates, have no weight decay."""
+    """AdamW, torch's or bitsandbytes' with 8-bit state. Scalars, which are gates, have no weight decay and a higher rate."""
     import torch
 
     optimizer_class = torch.optim.AdamW
@@ -66,8 +71,12 @@ def make_optimizer(parameters, args):
         if not importlib.util.find_spec("bitsandbytes"):
             raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes")
         from bitsandbytes.optim import AdamW8bit as optimizer_class
-    gates = [p for p in parameters if p.ndim == 0]
-    groups = [{"params": [p for p in parameters if p.ndim]}] + [{"params": gates, "weight_decay": 0.0}] * bool(gates)
+    gates = {
+        "params": [p for p in parameters if p.ndim == 0],
+        "lr": GATE_RATE * args.learning_rate,
+        "weight_decay": 0.0,
+    }
+    groups = [{"params": [p for p in parameters if p.ndim]}] + [gates] * bool(gates["params"])
     return optimizer_class(
         groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
@@ -83,7 +92,7 @@ def record_args(accelerator, args):
         accelerator.init_trackers("svd_xtend", {k: v for k, v in told.items() if isinstance(v, (int, float, str))})
 
 
-SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "no_enhancer")  # must agree on resuming
+SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer")  # must agree on resuming
 BELONGS_TO = ("pretrained_model_name_or_path", "pretrain_unet", "base_folder", "width", "height", "P_mean", "P_std")
 
 

@@ -54,6 +54,11 @@ class Clip:
     kinds: list
     motion_bucket_id: int
 
+    def cut(self, frames):
+        """These frames of it, a slice."""
+        names = ("frames", "boxes", "centroids", "areas")
+        return replace(self, **{name: getattr(self, name)[frames] for name in names})
+
     def tracklets(self):
         """The boxes as Tracklets, all valid and hard."""
         there = np.ones(self.boxes.shape[:2], bool)

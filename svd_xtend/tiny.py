@@ -22,6 +22,7 @@ import numpy as np
 from svd_xtend.runs import fast_bf16
 from svd_xtend.shapes import (
     DOMAINS,
+    FPS,
     HELD_OUT_SEED,
     contrasting,
     make_clip,
@@ -389,32 +390,52 @@ def evaluate(folder, picture=None, domain="pointed", count=64, lora=None):
 
 
 def evaluate_control(folder, weights, picture=None, count=64, lora=None):
-    """{row: {mean_iou, success}} of held-out `roam` clips, whose boxes nothing in frame 0 announces: with boxes, without,
-    and beside them the static copy and the measure's own ceiling. `picture`: PNG of the first clips: asked, without, with.
-    """
-    from PIL import Image
-
+    """{row: {mean_iou, success}} of held-out `roam` clips, whose boxes nothing in frame 0 announces: without boxes, with
+    all of them, with the first and the last (what lies between is interpolated and soft; the last frame counts), and
+    beside them the static copy and the measure's own ceiling. `picture`: a stem, for .png and .gif of the first clips."""
     from svd_xtend import video
     from svd_xtend.boxes import load_boxes
-    from svd_xtend.tracklets import render
 
     pipe = load_for_evaluation(folder, lora)
-    adapter, sheets = load_boxes(pipe.unet, weights), []
-    rows = {"static copy": [], "VAE of the truth": [], "without boxes": [], "with boxes": []}
+    adapter, shown, rows = load_boxes(pipe.unet, weights), [], {}
     for i, clip in held_out("roam", count):
-        rows["static copy"].append(measure_control(np.repeat(clip.frames[:1], NUM_FRAMES, 0), clip))
-        rows["VAE of the truth"].append(measure_control(reconstruct(pipe.vae, clip), clip))
-        made, asked = {}, contrasting(clip.tracklets().pad(adapter.config["slots"]), clip.colors)
-        for name, boxes in (("without boxes", None), ("with boxes", asked)):
+        asked = contrasting(clip.tracklets().pad(adapter.config["slots"]), clip.colors)
+        made = {
+            "static copy": np.repeat(clip.frames[:1], NUM_FRAMES, 0),
+            "VAE of the truth": reconstruct(pipe.vae, clip),
+        }
+        for name, boxes in (
+            ("without boxes", None),
+            ("with boxes", asked),
+            ("ends only", asked.only_ends().relaxed()),
+        ):
             adapter.set(boxes)
             made[name] = sample(pipe, clip, i)
-            rows[name].append(measure_control(made[name], clip))
-        if i < 6:
-            for name, frames in {"asked for": np.repeat(clip.frames[:1], NUM_FRAMES, 0), **made}.items():
-                sheets.append(sheet(name, render(map(Image.fromarray, frames), clip.tracklets(), least=160)))
+        for name, frames in made.items():
+            counted = slice(None, None, NUM_FRAMES - 1) if name == "ends only" else slice(None)
+            rows.setdefault(name, []).append(measure_control(frames[counted], clip.cut(counted)))
+        shown += [control_row(clip, made)] * (i < 4)
     if picture:
-        video.stack(sheets, vertical=True).save(picture)
+        video.write_comparison(picture, shown, FPS)
     return means(rows)
+
+
+def control_row(clip, made):
+    """{title: frames} of a clip's pictures: asked for, without boxes, with boxes, and that with the boxes drawn over it."""
+    from PIL import Image
+
+    from svd_xtend.tracklets import render
+
+    asked, without, controlled = (
+        [Image.fromarray(frame) for frame in made[name]] for name in ("static copy", "without boxes", "with boxes")
+    )
+    asked, drawn = (render(frames, clip.tracklets()) for frames in (asked, controlled))
+    return {
+        "init image, boxes": asked,
+        "without boxes": without,
+        "with boxes": controlled,
+        "the same, drawn over": drawn,
+    }
 
 
 if __name__ == "__main__":
@@ -427,7 +448,9 @@ if __name__ == "__main__":
     parser.add_argument("--tracklet_weights", help="measure how well boxes are followed with these")
     parser.add_argument("--domain", default="pointed", help="clips to measure on: pointed, fall")
     parser.add_argument("--clips", type=int, default=64, help="how many")
-    parser.add_argument("--picture", help="PNG of the first six, truth above model")
+    parser.add_argument(
+        "--picture", help="PNG of the first six, truth above model; with --tracklet_weights a stem, for .png and .gif"
+    )
     args = parser.parse_args()
     if args.evaluate and args.tracklet_weights:
         print(

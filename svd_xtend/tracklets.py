@@ -124,6 +124,16 @@ class Tracklets:
         grown = (self.boxes + margins * np.array([-1, -1, 1, 1])).clip(0, 1)
         return replace(self, boxes=np.where(self.hard[..., None], self.boxes, grown).astype(np.float32))
 
+    def only_ends(self):
+        """As a user gives a path: for each object the first and the last box; what lies between is interpolated and soft."""
+        boxes, valid, hard = self.boxes.copy(), self.valid.copy(), np.zeros_like(self.hard)
+        for slot in np.flatnonzero(self.valid.any(0)):
+            first, last = np.flatnonzero(self.valid[:, slot])[[0, -1]]
+            given = {int(f): self.boxes[f, slot] for f in (first, last)}
+            for f, box, exact in interpolate(given):
+                boxes[f, slot], valid[f, slot], hard[f, slot] = box, True, exact
+        return replace(self, boxes=boxes, valid=valid, hard=hard)
+
     def shuffled_colors(self, rng):
         """Another order of the colours: the model must not learn that slot 0 is red."""
         return replace(self, colors=self.colors[rng.permutation(len(self.colors))])

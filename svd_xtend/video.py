@@ -140,19 +140,17 @@ def read_clip(path):
         return [frame.to_image() for frame in container.decode(video=0)]
 
 
-def write_comparison(folder, clips, fps):
-    """`folder`/comparison.gif and .png: one row a validation image, init image | before | after.
+def write_comparison(stem, rows, fps):
+    """`stem`.gif, the videos of each row side by side, and `stem`.png, every frame of them, one below the other.
 
-    clips: [(init image, frames before, frames after)]. The gif moves; the png shows every frame, before above after.
-    """
-    titles, moving, still = ("init image", "before", "after"), [], []
-    for f in range(len(clips[0][1])):
-        rows = [
-            [titled(enlarge(image, 256), t) for image, t in zip((init, old[f], new[f]), titles)]
-            for init, old, new in clips
-        ]
-        moving.append(stack([stack(row, gap=GAP) for row in rows], vertical=True, gap=GAP))
-    for _, old, new in clips:
-        still += [titled(contact_sheet(old, len(old)), "before"), titled(contact_sheet(new, len(new)), "after")]
-    write_gif(Path(folder, "comparison.gif"), moving, fps)
-    stack(still, vertical=True, gap=GAP).save(Path(folder, "comparison.png"))
+    rows: [{title: frames, or a single image}], the same titles in each; a single image is in the gif only."""
+    moving, still = [], []
+    length = max(len(clip) for clip in rows[0].values() if isinstance(clip, list))
+    for f in range(length):
+        now = [{t: clip[f] if isinstance(clip, list) else clip for t, clip in row.items()} for row in rows]
+        now = [stack([titled(enlarge(image, 256), t) for t, image in row.items()], gap=GAP) for row in now]
+        moving.append(stack(now, vertical=True, gap=GAP))
+    for row in rows:
+        still += [titled(contact_sheet(clip, length), t) for t, clip in row.items() if isinstance(clip, list)]
+    write_gif(f"{stem}.gif", moving, fps)
+    stack(still, vertical=True, gap=GAP).save(f"{stem}.png")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
 from PIL import Image
+from torch import nn
 
 from svd_xtend import boxes as b
 from svd_xtend.fast_unet import POLICIES, checkpoint, speed_up
@@ -94,7 +95,7 @@ def test_there_is_a_layer_in_every_spatial_block_and_an_enhancer_in_the_decoders
     assert sorted(b.public_name(f"layers.{k}") for k in adapter.layers) == sorted(spatial)
     enhanced = {k.replace("/", ".") for k, layer in adapter.layers.items() if layer.injector}
     assert enhanced == {n for n in spatial if n.startswith("up_blocks")} and enhanced
-    assert not any(layer.injector for layer in b.new_boxes(unet, enhancer=False).layers.values())
+    assert not any(layer.injector for layer in b.new_boxes(unet, enhancer="none").layers.values())
 
 
 def test_it_attaches_to_the_full_size_svd_with_16_layers_9_of_them_enhanced():
@@ -112,7 +113,7 @@ def test_it_attaches_to_the_full_size_svd_with_16_layers_9_of_them_enhanced():
 # ------------------------------------------------------------------------------------------------------- save and load
 
 
-@pytest.mark.parametrize("enhancer", [True, False])
+@pytest.mark.parametrize("enhancer", ["carry", "tokens", "none"])
 def test_saved_and_loaded_equals_trained(unet, tmp_path, enhancer):
     adapter = open_gates(b.new_boxes(unet, slots=5, enhancer=enhancer))
     adapter.set(CLIP.tracklets())
@@ -216,7 +217,7 @@ def test_a_box_layer_soon_learns_what_is_inside_its_boxes():
     g = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder, layer, head = b.BoxEncoder(64), b.BoxLayer(64, 64, 2, enhancer=True), torch.nn.Linear(64, 1)
+        encoder, layer, head = b.BoxEncoder(64), b.BoxLayer(64, 64, 2, enhancer="tokens"), torch.nn.Linear(64, 1)
     layer.size = (6, 8)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *layer.parameters(), *head.parameters()], lr=3e-3)
     colors, flags = torch.rand(32, 2, 3, generator=g), torch.ones(32, 1, 2)
@@ -226,7 +227,7 @@ def test_a_box_layer_soon_learns_what_is_inside_its_boxes():
         inside = (b.foreground_weight(boxes, 6, 8, 3)[:, 0, 0].flatten(1) > 1).float()
         x = torch.randn(32, 48, 64, generator=g)
         tokens = encoder(boxes, flags, flags, colors)
-        out = layer(x, (tokens[:, 0], boxes[:, 0], flags[:, 0], 1)) - x
+        out = layer(x, (tokens[:, 0], boxes[:, 0], flags[:, 0], flags[:, 0], 1)) - x
         loss = (head(out)[..., 0] - inside).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -273,6 +274,43 @@ def test_pooled_appearance_is_the_mean_inside_the_box_and_a_line_reads_the_borde
     torch.testing.assert_close(got[0], maps[2:6, 3:7].mean((0, 1)), rtol=0, atol=1e-5)
     torch.testing.assert_close(got[1], maps[0:4, 0:4].mean((0, 1)), rtol=0, atol=1e-5)
     torch.testing.assert_close(got[2], maps[3:5, 11].mean(0), rtol=0, atol=1e-5)
+
+
+def carry_on_a_grid(boxes, valid=1.0, hard=1.0):
+    """(frame 0's features, carried, place), each (f, 12, 16, c), for boxes [[x0, y0, x1, y1] of each frame] of one object, in
+    cells of a 16 x 12 grid."""
+    x = torch.randn(1, 12 * 16, 5, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor(boxes, dtype=torch.float32)[None, :, None] / torch.tensor([16, 12, 16, 12])
+    flags = torch.ones(boxes.shape[:3])
+    y, x_ = ((torch.arange(side) + 0.5) / side for side in (12, 16))
+    points = torch.stack(torch.meshgrid(x_, y, indexing="xy"), -1).flatten(0, 1)
+    carried, place = b.carry(x, boxes, flags * valid, flags * hard, points, 12, 16)
+    return x.view(12, 16, 5), carried.view(-1, 12, 16, 5), place.view(-1, 12, 16, 4)
+
+
+def test_frame_0s_features_are_carried_along_with_their_box():
+    """Stays, moves by whole cells, grows to twice its size: each is what a crop, a shift and an enlargement give."""
+    x, carried, place = carry_on_a_grid([[2, 2, 6, 6], [5, 4, 9, 8], [4, 1, 12, 9]])
+    for f, (top, left) in enumerate([(2, 2), (4, 5)]):
+        expected = torch.zeros_like(x)
+        expected[top : top + 4, left : left + 4] = x[2:6, 2:6]
+        torch.testing.assert_close(carried[f], expected, rtol=0, atol=1e-5)
+    half = nn.functional.interpolate(x.permute(2, 0, 1)[None], scale_factor=2, mode="bilinear")[0].permute(1, 2, 0)
+    torch.testing.assert_close(carried[2, 1:9, 4:12], half[4:12, 4:12], rtol=0, atol=1e-5)
+    assert place[0, 2, 2].tolist() == pytest.approx([-0.75, -0.75, 1, 1]) and not place[0, 7].any()
+
+
+def test_a_soft_box_carries_an_object_to_its_middle_in_its_own_size():
+    x, carried, place = carry_on_a_grid([[2, 2, 6, 6], [4, 1, 12, 9]], hard=torch.tensor([1.0, 0.0])[None, :, None])
+    torch.testing.assert_close(carried[1, 3:7, 6:10], x[2:6, 2:6], rtol=0, atol=1e-5)
+    assert place[1, 4, 7, 2:].tolist() == [1, 0]
+
+
+def test_nothing_is_carried_of_an_object_that_frame_0_does_not_hold_and_no_box_yields_nan():
+    _, carried, place = carry_on_a_grid([[2, 2, 6, 6], [5, 4, 9, 8]], valid=torch.tensor([0.0, 1.0])[None, :, None])
+    assert not carried.any() and not place.any()
+    for boxes in ([[0, 0, 0, 0], [5, 4, 9, 8]], [[2, 2, 6, 6], [16, 3, 16, 9]]):
+        assert all(part.isfinite().all() for part in carry_on_a_grid(boxes))
 
 
 def test_fourier_features_are_those_of_gligen():

@@ -17,6 +17,7 @@ from svd_xtend import boxes as b
 from svd_xtend import tracklets as t
 from svd_xtend.checkpoints import load_svd
 from svd_xtend.lora import inject_lora, save_lora
+from svd_xtend.runs import GATE_RATE
 from svd_xtend.shapes import make_clip
 from svd_xtend.tiny import TINY_SVD
 from train_svd import DummyDataset, svd_loss
@@ -175,10 +176,20 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_gates_learn_faster_and_never_decay_by_the_schedule_that_all_follow(run):
+    out = run(
+        "--max_train_steps=2", "--learning_rate=1e-3", "--lr_warmup_steps=0", "--checkpointing_steps=1", tracklet=True
+    )
+    common, gates = torch.load(out / "checkpoint-1" / "optimizer.bin", weights_only=False)["param_groups"]
+    assert common["lr"] == pytest.approx(0.5e-3) and gates["lr"] == pytest.approx(GATE_RATE * 0.5e-3)
+    assert common["weight_decay"] == 1e-2 and gates["weight_decay"] == 0
+    assert len(gates["params"]) == 2 * 4 + 3 * 2  # of 4 layers, 2 of them with an enhancer
+
+
 def test_a_stage_starts_where_the_last_one_ended(run, tmp_path, weights):
     out = run("--stage=2", f"--tracklet_weights={weights}", "--max_train_steps=1", "--learning_rate=0", tracklet=True)
     assert_equal_files(out / b.FILE_NAME, weights / b.FILE_NAME)
-    with pytest.raises(ValueError, match=r"--tracklet_weights: has \(max_objects, no_enhancer\) \(8, False\)"):
+    with pytest.raises(ValueError, match=r"--tracklet_weights: has \(max_objects, enhancer\) \(8, .carry.\)"):
         run(f"--tracklet_weights={weights}", "--max_objects=4", tracklet=True, output_dir=tmp_path / "other")
 
 

@@ -339,6 +339,14 @@ def test_lines_are_as_thick_as_the_picture_is_wide():
         assert (drawn[width // 4, : width // 2] > 0).sum() == line
 
 
+def test_only_ends_keeps_the_first_and_last_box_and_is_soft_on_the_straight_line_between():
+    whole = make_clip((1, 1), "roam").tracklets()
+    ends = whole.only_ends()
+    np.testing.assert_array_equal(ends.boxes[[0, -1]], whole.boxes[[0, -1]])
+    np.testing.assert_allclose(ends.boxes, np.linspace(whole.boxes[0], whole.boxes[-1], 8), atol=1e-6)
+    assert ends.hard[[0, -1]].all() and not ends.hard[1:-1].any() and ends.valid.all()
+
+
 def test_colours_are_a_permutation_of_the_palette():
     ours = some().pad(8)
     shuffled = ours.shuffled_colors(np.random.default_rng(0))
