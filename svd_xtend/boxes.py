@@ -15,6 +15,7 @@ In each spatial transformer block, where diffusers' GLIGEN branch has its place:
 The gates a to e start at 0: a fresh adapter changes nothing. Next: train_svd_tracklet.py.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -397,20 +398,22 @@ def public_name(name):
     return name.removeprefix("layers.").replace("/", ".")
 
 
-def save_boxes(adapter, folder, unet_parameters=None, dtype=torch.float32):
+def save_boxes(adapter, folder, unet_parameters=None):
     """Write `folder`/tracklet_weights.safetensors: the adapter, its configuration, and UNet parameters trained with it
     ({name: tensor}, under the prefix `unet.`)."""
     tensors = {public_name(k): v for k, v in adapter.state_dict().items()}
     tensors |= {f"unet.{k}": v for k, v in (unet_parameters or {}).items()}
+    write(tensors, {"format": "pt", "box_adapter": json.dumps(adapter.config)}, folder, torch.float32)
+
+
+def write(tensors, metadata, folder, dtype):
     Path(folder).mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "box_adapter": json.dumps(adapter.config)}
-    save_file(
-        {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}, Path(folder, FILE_NAME), metadata
-    )
+    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
+    save_file(tensors, Path(folder, FILE_NAME), metadata)
 
 
-def load_boxes(unet, file):
-    """The adapter in `file` (or its folder), attached to `unet`, whose own trained parameters it brings along."""
+def read(file):
+    """(metadata, {name: tensor} in float32) of weights of box control, a file or its folder."""
     file = Path(file, FILE_NAME) if Path(file).is_dir() else Path(file)
     if not file.is_file():
         raise ValueError(f"--tracklet_weights {file}: no such file")
@@ -418,6 +421,12 @@ def load_boxes(unet, file):
         metadata, tensors = f.metadata() or {}, {key: f.get_tensor(key).float() for key in f.keys()}
     if "box_adapter" not in metadata:
         raise ValueError(f"--tracklet_weights {file}: not weights of box control (no box_adapter in its metadata)")
+    return metadata, tensors
+
+
+def load_boxes(unet, file):
+    """The adapter in `file` (or its folder), attached to `unet`, whose own trained parameters it brings along."""
+    metadata, tensors = read(file)
     config = json.loads(metadata["box_adapter"])
     config["blocks"] = {path: tuple(size) for path, size in config["blocks"].items()}
     check_blocks(config["blocks"], unet, f"--tracklet_weights {file}")
@@ -438,3 +447,12 @@ def load_boxes(unet, file):
             adapter.replaced[name.removeprefix("unet.")] = own[name].detach().cpu().clone()
         own[name].data.copy_(tensor)
     return adapter
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write weights of box control in half precision, to share them.")
+    parser.add_argument("tracklet_weights", help="tracklet_weights.safetensors, or its folder")
+    parser.add_argument("--output_dir", required=True, help="where the halved file goes")
+    args = parser.parse_args()
+    metadata, tensors = read(args.tracklet_weights)
+    write(tensors, metadata, args.output_dir, torch.float16)

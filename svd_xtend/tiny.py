@@ -425,9 +425,11 @@ def control_row(clip, made):
     from PIL import Image
 
     from svd_xtend.tracklets import render
+    from svd_xtend.video import enlarge
 
     asked, without, controlled = (
-        [Image.fromarray(frame) for frame in made[name]] for name in ("static copy", "without boxes", "with boxes")
+        [enlarge(Image.fromarray(frame), 256) for frame in made[name]]
+        for name in ("static copy", "without boxes", "with boxes")
     )
     asked, drawn = (render(frames, clip.tracklets()) for frames in (asked, controlled))
     return {
