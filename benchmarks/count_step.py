@@ -21,11 +21,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # private, but torch's own way to run without data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from svd_xtend import fast_unet
 from svd_xtend.boxes import ControlledUNet, new_boxes
 from svd_xtend.lora import inject_lora
+
+aten = torch.ops.aten
+ATTENTION = {  # torch counts attention on GPUs only
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -86,7 +94,7 @@ def count(method, policy, width, height, frames):
         shapes = (1, frames, 8, height // 8, width // 8), (1,), (1, 1, 1024), (1, 3)
         inputs = [torch.randn(shape) for shape in shapes]
         cond = boxes_of_a_clip(frames) if method == "boxes" else {}
-        live, flops = LiveBytes(), FlopCounterMode(display=False)
+        live, flops = LiveBytes(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
         for tensor in [*model.parameters(), *model.buffers(), *inputs]:
             live.watch(tensor)
         weights = live.now
@@ -107,7 +115,9 @@ def count(method, policy, width, height, frames):
 def main(args):
     """Count each method under each policy, print a table and the same as JSON."""
     rows = []
-    print(f"{'size':14}{'method':8}{'policy':9}{'trained M':>10}{'forward TF':>12}{'step TF':>10}{'weights GiB':>13}{'peak GiB':>10}")
+    print(
+        f"{'size':14}{'method':8}{'policy':9}{'trained M':>10}{'forward TF':>12}{'step TF':>10}{'weights GiB':>13}{'peak GiB':>10}"
+    )
     for method in args.method:
         for policy in args.policy:
             r = count(method, policy, args.width, args.height, args.num_frames)

@@ -1,6 +1,9 @@
 """Box control hung on the stock UNet: what it leaves alone, what it reads, what it learns first."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +127,18 @@ def test_saved_and_loaded_equals_trained(unet, tmp_path, enhancer):
     assert loaded.config == adapter.config
     loaded.set(CLIP.tracklets())
     assert torch.equal(forward(unet), trained)
+
+
+def test_halved_weights_are_half_the_size_and_load(unet, tmp_path):
+    adapter = open_gates(b.new_boxes(unet))
+    b.save_boxes(adapter, tmp_path)
+    command = [sys.executable, "-m", "svd_xtend.boxes", str(tmp_path), "--output_dir", str(tmp_path / "half")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    sizes = [(folder / b.FILE_NAME).stat().st_size for folder in (tmp_path, tmp_path / "half")]
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.02)
+    adapter.detach()
+    for name, p in b.load_boxes(unet, tmp_path / "half").state_dict().items():
+        torch.testing.assert_close(p, adapter.state_dict()[name], rtol=1e-3, atol=1e-6)
 
 
 def test_unet_parameters_that_were_trained_too_come_along(unet, tmp_path):

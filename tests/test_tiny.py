@@ -8,7 +8,7 @@ import torch
 
 import train_svd
 from svd_xtend.shapes import HELD_OUT_SEED, make_clip, measure, segment, speed, write_clips
-from svd_xtend.tiny import TINY_SVD, evaluate, vae_psnr
+from svd_xtend.tiny import TINY_BOXES, TINY_SVD, evaluate, evaluate_control, vae_psnr
 from train_svd import svd_loss
 
 
@@ -61,8 +61,18 @@ def test_shapes_move_where_they_point():
     assert figures["model"]["psnr"] >= figures["static copy"]["psnr"] + 6
 
 
+def test_objects_follow_boxes_that_nothing_else_announces(tmp_path):
+    """The bars, on 8 clips; the README has the figures of 64. Frames without boxes are the base's, which knows no such path."""
+    figures = evaluate_control(TINY_SVD, TINY_BOXES, tmp_path / "control", count=8)
+    assert figures["with boxes"]["mean_iou"] >= max(0.60, 3 * figures["without boxes"]["mean_iou"])
+    assert figures["with boxes"]["success"] >= 0.75
+    assert figures["ends only"]["mean_iou"] >= 2 * figures["without boxes"]["mean_iou"]
+    assert (tmp_path / "control.gif").exists() and (tmp_path / "control.png").exists()
+
+
 def test_shipped_weights_are_small_and_stock():
     assert sum(f.stat().st_size for f in TINY_SVD.rglob("*.safetensors")) <= 14e6
+    assert sum(f.stat().st_size for f in TINY_BOXES.rglob("*.safetensors")) <= 4e6
     assert json.loads((TINY_SVD / "model_index.json").read_text())["feature_extractor"] == [
         "transformers",
         "CLIPImageProcessor",

@@ -1,0 +1,74 @@
+"""What box control adds to a training step: seconds of forward and backward on the embedded SVD, paired, in one process.
+
+    python benchmarks/bench_boxes.py
+
+Beside the frozen UNet with an adapter: training all of the UNet, and LoRA of rank 16 on all attention. A step of a frozen UNet
+has no weight gradients, but must still go back through all activations. Variants run in turn, round after round; ratios
+are medians of the rounds' own. The last line is one JSON document. The full-size UNet: see count_step.py.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from svd_xtend import fast_unet, runs
+from svd_xtend.boxes import ControlledUNet, new_boxes
+from svd_xtend.checkpoints import load_svd
+from svd_xtend.lora import inject_lora
+from svd_xtend.shapes import make_clip
+from svd_xtend.tiny import TINY_SVD
+
+
+def variants():
+    """{name: (UNet, keyword arguments of its boxes)}; all from the same weights."""
+    base = fast_unet.speed_up(load_svd(str(TINY_SVD), torch.float32).unet).requires_grad_(False)
+    clip = {k: torch.from_numpy(v)[None].repeat(8, *[1] * v.ndim) for k, v in make_clip((1, 1), "roam").tracklets().pad(8).cond().items()}  # fmt: skip
+    full, lora = copy.deepcopy(base), inject_lora(copy.deepcopy(base), 16, 16, ["attention"])
+    for name, p in full.named_parameters():
+        p.requires_grad_(not fast_unet.is_dead(name))
+    made = {"full UNet": (full, {}), "LoRA": (lora, {})}
+    for enhancer in ("carry", "tokens", "none"):
+        unet = copy.deepcopy(base)
+        made[f"boxes, enhancer {enhancer}"] = ControlledUNet(unet, new_boxes(unet, enhancer=enhancer)), clip
+    return made
+
+
+def main(args):
+    """Measure and print."""
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=g) for shape in ((8, 8, 8, 12, 16), (8,), (8, 1, 64), (8, 3))]
+    made, half = variants(), args.precision == "bf16"
+    seconds = {name: [] for name in made}
+    for i in range(args.rounds + 1):
+        for name, (model, cond) in made.items():
+            began = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = model(*inputs, **cond).sample.float().square().mean()
+            loss.backward()
+            model.zero_grad()
+            if i:  # the first one warms up
+                seconds[name].append(time.perf_counter() - began)
+    print(
+        f"embedded SVD, 8 clips of 64x48x8, {args.precision}, {torch.get_num_threads()} CPU threads, bf16 fast here: {runs.fast_bf16()}"
+    )
+    table = {}
+    for name, own in seconds.items():
+        ratios = [statistics.median(a / b for a, b in zip(own, seconds[other])) for other in ("full UNet", "LoRA")]
+        table[name] = {"seconds": statistics.median(own), "x_full": ratios[0], "x_lora": ratios[1]}
+        print(f"{name:26}{table[name]['seconds']:8.3f} s{ratios[0]:8.2f} x full{ratios[1]:8.2f} x LoRA")
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--rounds", type=int, default=7)
+    main(parser.parse_args())
