@@ -77,9 +77,8 @@ def carry(x, boxes, valid, hard, points, height, width):
     off_center = points - (now[..., :2] + now[..., 2:]) / 2
     scale = torch.where(exact > 0, first_size / size.clamp(min=1e-3), 1)
     source = (first[..., :2] + first[..., 2:]) / 2 + off_center * scale
-    maps = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
-    grid = (2 * source - 1).to(x.dtype)
-    carried = nn.functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    maps = rearrange(x.float(), "b (h w) c -> b c h w", h=height, w=width)  # half a pixel would be lost in bf16
+    carried = nn.functional.grid_sample(maps, 2 * source - 1, padding_mode="border", align_corners=False).to(x.dtype)
     place = torch.cat([2 * off_center / size.clamp(min=1e-3), torch.ones_like(exact), exact], -1).to(x.dtype)
     return rearrange(carried, "b c f p -> b f p c") * inside, place * inside
 
