@@ -152,7 +152,7 @@ def script_parser(stage=1):
     g.add_argument("--soft_boxes", type=float, help="fraction of boxes shown as a larger region; default: by stage")
     g.add_argument("--box_dropout", type=float, default=0.25, help="fraction of clips without boxes; default: %(default)s")
     g.add_argument("--foreground_weight", type=float, default=1.0, help="weight of the loss inside boxes (TrackDiffusion: 2); default: %(default)s")
-    g.add_argument("--enhancer", choices=["carry", "tokens", "none"], default="carry", help="in the decoder: TrackDiffusion's Instance Enhancer that also carries frame 0's features along with the boxes, as published, or none; default: %(default)s")
+    g.add_argument("--enhancer", choices=["carry", "tokens", "none"], default="carry", help="in the decoder: TrackDiffusion's Instance Enhancer that also carries frame 0's features along with the boxes, that has tokens alone, or none; default: %(default)s")
     g.add_argument("--validation_tracklets", nargs="+", default=[], metavar="FILE", help="boxes for each --validation_image; default: those of its own video")
     # fmt: on
     return parser

@@ -214,7 +214,7 @@ class BoxAdapter(nn.Module):
     """Encoder and layers for one UNet, which stays as it is: the adapter hangs on by hooks and is none of its children.
 
     blocks: {path of a spatial transformer block: (channels, heads)}; slots: objects a clip may have; enhancer, in the
-    decoder: TrackDiffusion's Instance Enhancer that also carries frame 0's features ("carry"), as published ("tokens"), or
+    decoder: TrackDiffusion's Instance Enhancer that also carries frame 0's features ("carry"), that does not ("tokens"), or
     "none". `set` decides which boxes hold, until the next `set`: backward under gradient checkpointing runs the blocks again
     and must find the same ones.
     """
