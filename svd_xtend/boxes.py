@@ -25,7 +25,7 @@ from diffusers.models.attention import FeedForward, GatedSelfAttentionDense
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange, repeat
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -416,8 +416,11 @@ def read(file):
     file = Path(file, FILE_NAME) if Path(file).is_dir() else Path(file)
     if not file.is_file():
         raise ValueError(f"--tracklet_weights {file}: no such file")
-    with safe_open(file, "pt") as f:
-        metadata, tensors = f.metadata() or {}, {key: f.get_tensor(key).float() for key in f.keys()}
+    try:
+        with safe_open(file, "pt") as f:
+            metadata, tensors = f.metadata() or {}, {key: f.get_tensor(key).float() for key in f.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"--tracklet_weights {file}: damaged or not safetensors ({error})") from error
     if "box_adapter" not in metadata:
         raise ValueError(f"--tracklet_weights {file}: not weights of box control (no box_adapter in its metadata)")
     return metadata, tensors

@@ -77,13 +77,16 @@ def load_lora(unet, file, scale=1.0):
     """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     file = Path(file, FILE_NAME) if Path(file).is_dir() else Path(file)
     if not file.is_file():
         raise ValueError(f"--lora {file}: no such file")
-    with safe_open(file, "pt") as f:
-        metadata, tensors = f.metadata() or {}, {k.removeprefix("unet."): f.get_tensor(k) for k in f.keys()}
+    try:
+        with safe_open(file, "pt") as f:
+            metadata, tensors = f.metadata() or {}, {k.removeprefix("unet."): f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"--lora {file}: damaged or not safetensors ({error})") from error
     told = {k.removeprefix("unet."): v for k, v in json.loads(metadata.get("lora_adapter_metadata", "{}")).items()}
     ranks = {k.split(".lora_A")[0]: len(v) for k, v in tensors.items() if ".lora_A" in k}
     rank = told.get("r", next(iter(ranks.values()), None))

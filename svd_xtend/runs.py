@@ -57,9 +57,8 @@ def autocast_forward(model, precision):
         model.forward = torch.autocast(device, half)(model.forward)
 
 
-GATE_RATE = (
-    10  # at the common rate gates, which start shut, stay almost shut for hundreds of steps, and all behind them waits
-)
+# At the common rate gates, which start shut, stay almost shut for hundreds of steps, and all behind them waits.
+GATE_RATE = 10
 
 
 def make_optimizer(parameters, args):

@@ -164,6 +164,9 @@ def test_weights_of_another_unet_or_of_something_else_are_refused(unet, tmp_path
     b.save_boxes(adapter, tmp_path / "wide")
     with pytest.raises(ValueError, match="for another UNet; .*64.* here and .*128.* there"):
         b.load_boxes(unet, tmp_path / "wide")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "wide" / b.FILE_NAME).read_bytes()[:1000])
+    with pytest.raises(ValueError, match="--tracklet_weights .*cut.safetensors: damaged or not safetensors"):
+        b.load_boxes(unet, tmp_path / "cut.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="not weights of box control"):
         b.load_boxes(unet, tmp_path / "lora.safetensors")

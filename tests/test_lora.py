@@ -108,6 +108,9 @@ def test_unknown_targets_and_foreign_files_are_clear_errors(pipe, tmp_path):
         inject_lora(pipe.unet, 0, 1, ["attention"])
     with pytest.raises(ValueError, match="^--lora .*no such file"):
         load_lora(pipe.unet, tmp_path / "missing.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="^--lora .*cut.safetensors: damaged or not safetensors"):
+        load_lora(pipe.unet, tmp_path / "cut.safetensors")
     from safetensors.torch import save_file
 
     save_file({"unet.mid.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "foreign.safetensors")
