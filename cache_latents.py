@@ -30,9 +30,8 @@ class Frames:
         return len(self.files)
 
     def __getitem__(self, i):
-        import numpy as np
 
-        return np.asarray(video.load_image(self.files[i], *self.how)).transpose(2, 0, 1).copy()
+        return video.load_frame(self.files[i], *self.how).transpose(2, 0, 1).copy()
 
 
 def encode(pipe, files, args, device):

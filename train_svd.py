@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import cache, checkpoints, fast_unet, runs, video
+from svd_xtend import cache, checkpoints, fast_unet, memory, runs, video
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 
@@ -106,7 +106,7 @@ class DummyDataset:
         cache: of the frames only the first, and in place of the others `moments` and `image_embeds`."""
         frames = self.clips[clip][0]
         window = frames[start : start + (1 if self.latent_cache else self.sample_frames)]
-        pixels = np.stack([video.load_image(frame, *self.size, self.resize_mode) for frame in window])
+        pixels = np.stack([video.load_frame(frame, *self.size, self.resize_mode) for frame in window])
         cached = cache.read_window(self.latent_cache, frames, start, self.sample_frames) if self.latent_cache else {}
         return {"pixel_values": rearrange(pixels, "f h w c -> f c h w"), **cached}
 
@@ -310,15 +310,17 @@ def start(args):
     from datetime import timedelta
 
     import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator, AutocastKwargs, InitProcessGroupKwargs
     from accelerate.utils import broadcast_object_list
 
+    # the others wait while one validates; layers compute in half precision without autocast, see fast_unet.compute_in
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=6)), AutocastKwargs(enabled=False)]
     accelerator = Accelerator(
         mixed_precision=runs.check_precision(args.mixed_precision),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, "logs"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one validates
+        kwargs_handlers=handlers,
     )
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -351,15 +353,6 @@ def select_parameters(unet, args):
     return unet
 
 
-def to_device(batch, device):
-    """Move a batch, tensors in nested dicts too, and bring frames from uint8 to [-1, 1]. `index` stays: to read it on a
-    GPU would wait for the GPU."""
-    from accelerate.utils import send_to_device
-
-    moved = send_to_device({k: v for k, v in batch.items() if k != "index"}, device, non_blocking=True)
-    return {**moved, "index": batch["index"], "pixel_values": moved["pixel_values"].float() / 127.5 - 1}
-
-
 def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     """The loop of every trainer. dataset, prepare_unet, export, validate and loss are what a kind of training brings:
     see the last lines of each script."""
@@ -371,19 +364,17 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     accelerator, checkpoint = start(args)
     device, world = accelerator.device, accelerator.num_processes
     pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
-    for module in (pipe.vae, pipe.image_encoder, pipe.unet):
-        module.requires_grad_(False)
-    fast_unet.checkpoint(fast_unet.speed_up(pipe.unet), args.gradient_checkpointing)
-    unet = prepare_unet(pipe.unet, args)
+    unet = prepare_unet(fast_unet.speed_up(pipe.unet), args)
+    args.num_frames = args.num_frames or pipe.unet.config.num_frames
+    watch = memory.Watch(args, unet, prepare_unet, pipe, device)
+    fast_unet.checkpoint(fast_unet.compile_blocks(unet) if args.compile else unet, args.gradient_checkpointing)
     cache.check(args.latent_cache, pipe, accelerator.mixed_precision, args.width, args.height, args.resize_mode)
-    trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device, encoders=not args.latent_cache)
-    sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (trained, unet.parameters())]
-    logger.info("training %.2f M of %.2f M parameters", *sizes)
+    master, _ = runs.OPTIMIZERS[args.optimizer]
+    trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device, not args.latent_cache, master)
 
     # data
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
-    args.num_frames = args.num_frames or pipe.unet.config.num_frames
     data = dataset(
         args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
         args.seed, args.latent_cache,
@@ -395,8 +386,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
     if args.scale_lr:
         args.learning_rate *= step_samples
-    if accelerator.is_main_process:
-        runs.record_args(accelerator, args)
+    runs.record_args(accelerator, args)
 
     # optimizer
     optimizer = runs.make_optimizer(trained, args)
@@ -404,7 +394,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         args.lr_scheduler.replace("constant", "constant_with_warmup"), optimizer,
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
     )  # fmt: skip
-    ema = EMAModel(trained, decay=0.9999) if args.use_ema else None
+    ema = EMAModel([p.float() for p in trained], decay=0.9999) if args.use_ema else None
     model, optimizer = accelerator.prepare(unet, optimizer)
     checkpoints.add_hooks(accelerator, schedule, ema)
 
@@ -436,11 +426,12 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
     with runs.Signals() as signals:
         for step in range(first + 1, args.max_train_steps + 1):
-            began, sums = runs.begin_step(), torch.zeros(3, device=device)
+            began, sums = watch.begin_step(), torch.zeros(4, device=device)
             for _ in range(args.gradient_accumulation_steps):
-                batch = to_device(next(batches), device)
+                batch = runs.to_device(next(batches), device)
                 with accelerator.accumulate(model):
-                    value = loss(model, pipe, batch, args).mean()
+                    with fast_unet.offloaded(unet, args.offload_activations):
+                        value = loss(model, pipe, batch, args).mean()
                     accelerator.backward(value)
                     clip = accelerator.clip_grad_norm_ if accelerator.sync_gradients else lambda *_: None
                     grad_norm = clip(trained, args.max_grad_norm or math.inf)
@@ -448,25 +439,26 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                     optimizer.zero_grad()
                 sums[0] += value.detach() / args.gradient_accumulation_steps / world
                 sums[1] += batch["failed"].sum()
-            lr, skipped = schedule.get_last_lr()[0], accelerator.optimizer_step_was_skipped
+            lr, skipped = float(schedule.get_last_lr()[0]), accelerator.optimizer_step_was_skipped
             if not skipped:  # fp16: the scaler met an overflow
                 schedule.step()
                 if ema:
                     ema.step(trained)
-            sums[2] = signals.caught
-            mean_loss, new_failed, stop = accelerator.reduce(sums).tolist()
+            sums[2], sums[3] = signals.caught, grad_norm / world
+            mean_loss, new_failed, stop, norm = accelerator.reduce(
+                sums
+            ).tolist()  # here alone the step waits for the GPU
 
             progress = {"step": step, "samples": progress["samples"] + step_samples, "seed": args.seed}
-            failed, norm = failed + new_failed, float(grad_norm)
+            failed += new_failed
             runs.check_step(step, mean_loss, norm, skipped, lr, saved)
             runs.check_reading(failed, (step - first) * step_samples)
             if accelerator.is_main_process:
-                row = metrics.write(step, mean_loss, lr, norm, time.perf_counter() - began)
+                row = metrics.write(step, mean_loss, lr, norm, time.perf_counter() - began, watch.end_step())
                 bar.update()
-                bar.set_postfix(
-                    {k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None}, refresh=False
-                )
-                accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
+                told = {k: v for k, v in row.items() if v is not None}
+                bar.set_postfix({k: f"{v:.3g}" for k, v in told.items() if k != "step"}, refresh=False)
+                accelerator.log(told, step=step)
 
             last = stop or step == args.max_train_steps
             if last or step % args.checkpointing_steps == 0:
@@ -488,6 +480,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             export(pipe, unet, args)
         if args.push_to_hub:
             runs.push_to_hub(args)
+        watch.report()
         logger.info("done: weights and metrics in %s%s", args.output_dir, "; look at comparison.gif" * bool(after))
     accelerator.end_training()
 
@@ -504,7 +497,9 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--revision", help="Hub revision of it")
     g.add_argument("--pretrain_unet", help="folder of another UNet to start from")
     g.add_argument("--train_params", nargs="+", default=[], help="train only parameters whose names contain one of these; default: all")
-    g.add_argument("--gradient_checkpointing", nargs="?", const="blocks", default="none", choices=fast_unet.POLICIES, help="recompute activations, from least to most: none (default), level0 (the highest resolution), level01, blocks (the flag alone), nested; first thing to try when out of memory")
+    g.add_argument("--gradient_checkpointing", nargs="?", const="blocks", default="none", choices=[*fast_unet.POLICIES, "auto"], help="recompute activations, from least to most: none (default), level0 (the highest resolution), level01, blocks (the flag alone), nested; auto: the fastest that fits the free memory; first thing to try when out of memory")
+    g.add_argument("--offload_activations", action="store_true", help="what backward needs waits in the CPU's memory; least of all with --gradient_checkpointing nested, and slower")
+    g.add_argument("--compile", action="store_true", help="torch.compile the UNet's repeated blocks: minutes at the start, faster steps")
     g.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured for")
     g.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products in float32 layers (Ampere and newer)")
 
@@ -532,7 +527,7 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the clips of a step")
     g.add_argument("--lr_scheduler", default="constant", choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="after the warm-up; default: %(default)s")
     g.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps; default: %(default)s")
-    g.add_argument("--use_8bit_adam", action="store_true", help="optimizer state in 8 bit (bitsandbytes)")
+    g.add_argument("--optimizer", choices=runs.OPTIMIZERS, default="adamw", help="adamw8bit keeps Adam's averages in 8 bit; adamw_bf16_sr weights, gradients and averages in bf16, rounded stochastically (both by torchao); default: %(default)s")
     g.add_argument("--adam_beta1", type=float, default=0.9)
     g.add_argument("--adam_beta2", type=float, default=0.999)
     g.add_argument("--adam_weight_decay", type=float, default=1e-2)

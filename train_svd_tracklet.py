@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import checkpoints, runs, video
+from svd_xtend import checkpoints, video
 from svd_xtend import tracklets as t
 from train_svd import DummyDataset, build_parser, logger, parse, select_parameters, svd_loss, train, validate
 
@@ -94,7 +94,6 @@ def add_boxes(unet, args):
         select_parameters(unet, argparse.Namespace(train_params=named))
     for name, p in unet.named_parameters():
         p.requires_grad_(p.requires_grad and ".lora_" not in name)
-    runs.autocast_forward(unet, args.mixed_precision)  # the pipeline calls this one, accelerate prepares the one below
     return ControlledUNet(unet, adapter.requires_grad_(True))
 
 

@@ -181,7 +181,7 @@ class InstanceEnhancer(nn.Module):
 
 
 class BoxLayer(nn.Module):
-    """What one spatial block gains. Computes in its own dtype outside autocast, and answers in that of x.
+    """What one spatial block gains. Computes in its layers' dtype outside autocast, and answers in that of x.
 
     Neither attention knows positions, and a box is a position: visual tokens are told theirs by the same Fourier features
     as the boxes' corners, inside the new layers only."""
@@ -202,7 +202,7 @@ class BoxLayer(nn.Module):
         points = torch.stack(torch.meshgrid(x_, y, indexing="xy"), -1).flatten(0, 1)
         own = self.place.weight.dtype
         place = self.place(fourier(points).to(own))
-        out = x if torch.is_autocast_enabled(x.device.type) else x.to(own)
+        out = x if torch.is_autocast_enabled(x.device.type) else x.to(place.dtype)
         placed = out + place
         out = out + (self.fuser(placed, control[0]) - placed)  # exactly 0 while the gates are shut
         if self.injector:

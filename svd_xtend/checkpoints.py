@@ -14,6 +14,8 @@ import re
 import shutil
 from pathlib import Path
 
+from svd_xtend import fast_unet
+
 TRAINED, EMA, PROGRESS = "trained.safetensors", "ema.safetensors", "progress.json"
 
 
@@ -78,28 +80,33 @@ def trainable_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def place(pipe, unet, precision, device, encoders=True):
-    """Move all to `device`: trained parameters in float32, whatever the precision; what is frozen in half where
-    `precision` is fp16 or bf16. Returns the trained parameters."""
+def place(pipe, unet, precision, device, encoders=True, master="float32"):
+    """Move all to `device`: trained parameters in `master` precision; what is frozen, and all that is computed, in half
+    where `precision` is fp16 or bf16. Returns the trained parameters."""
     import torch
 
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     for p in unet.parameters():
-        p.data = p.data.to(device, torch.float32 if p.requires_grad else half)
+        p.data = p.data.to(device, getattr(torch, master) if p.requires_grad else half)
     for buffer in unet.buffers():
         buffer.data = buffer.data.to(device)
+    if half != torch.float32:
+        fast_unet.cast_inputs(pipe.unet, half)
+        fast_unet.compute_in(unet, half)
     place_encoders(pipe, half, device, encoders)
     return list(trainable_parameters(unet).values())
 
 
 def place_encoders(pipe, half, device, whole=True):
-    """Move VAE and CLIP to `device`, in `half` precision; where not `whole`, CLIP and the VAE's decoder stay on the CPU
+    """Move VAE and CLIP to `device`, frozen, in `half` precision; where not `whole`, CLIP and the VAE's decoder stay on the CPU
     until they are needed (see at_hand)."""
     import torch
 
-    pipe.image_encoder.to(dtype=half)
+    pipe.image_encoder.requires_grad_(False).to(dtype=half)
     # the pipeline, too, takes SVD's VAE out of fp16, which it is not made for
-    pipe.vae.to(dtype=torch.float32 if half == torch.float16 and pipe.vae.config.force_upcast else half)
+    pipe.vae.requires_grad_(False).to(
+        dtype=torch.float32 if half == torch.float16 and pipe.vae.config.force_upcast else half
+    )
     for module in (pipe.image_encoder, pipe.vae) if whole else (pipe.vae.encoder, pipe.vae.quant_conv):
         module.to(device)
 

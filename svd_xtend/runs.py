@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,43 +46,62 @@ def check_precision(flag):
     return precision
 
 
-def autocast_forward(model, precision):
-    """Have the model's forward run under autocast, whoever calls it. precision: no, fp16 or bf16."""
-    import torch
-
-    if precision != "no":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        model.forward = torch.autocast(device, half)(model.forward)
-
-
 # At the common rate gates, which start shut, stay almost shut for hundreds of steps, and all behind them waits.
 GATE_RATE = 10
 
 
+OPTIMIZERS = {  # what trained weights are kept in, and the optimizer's two averages, bytes a parameter
+    "adamw": ("float32", 8),
+    "adamw8bit": ("float32", 2),
+    "adamw_bf16_sr": ("bfloat16", 4),
+}
+
+
 def make_optimizer(parameters, args):
-    """AdamW, torch's or bitsandbytes' with 8-bit state. Scalars, which are gates, have no weight decay and a higher rate."""
+    """AdamW: torch's, or torchao's with averages of 8 bit, or in bf16 throughout with stochastic rounding. Scalars, which
+    are gates, have no weight decay and a higher rate."""
     import torch
 
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        if not importlib.util.find_spec("bitsandbytes"):
-            raise ValueError("--use_8bit_adam: needs bitsandbytes. Run: pip install bitsandbytes")
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    how = {}
+    if args.optimizer == "adamw":
+        optimizer_class, how = torch.optim.AdamW, {"fused": torch.cuda.is_available()}
+    else:
+        if not importlib.util.find_spec("torchao"):
+            raise ValueError(f"--optimizer {args.optimizer}: needs torchao. Run: pip install torchao")
+        from torchao import optim
+
+        optimizer_class = optim.AdamW8bit
+        if (
+            args.optimizer == "adamw_bf16_sr"
+        ):  # private, but the only AdamW that rounds so; all public ones build on it
+            optimizer_class, how = optim._AdamW, {"bf16_stochastic_round": True}
     gates = {
         "params": [p for p in parameters if p.ndim == 0],
         "lr": GATE_RATE * args.learning_rate,
         "weight_decay": 0.0,
     }
     groups = [{"params": [p for p in parameters if p.ndim]}] + [gates] * bool(gates["params"])
-    return optimizer_class(
+    optimizer = optimizer_class(
         groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, **how,
     )  # fmt: skip
+    if args.optimizer == "adamw_bf16_sr":
+        optimizer.register_step_pre_hook(lambda optimizer, *_: seed_rounding(optimizer, args.seed))
+    return optimizer
+
+
+def seed_rounding(optimizer, seed):
+    """Key the rounding's noise by (seed, step): all processes round alike, and a resumed run as one that never stopped."""
+    import torch
+
+    done = max((int(state["step"]) for state in optimizer.state.values()), default=0)  # torchao counts on the CPU
+    torch.manual_seed(int(np.random.SeedSequence((seed, done)).generate_state(1, np.uint64)[0]))
 
 
 def record_args(accelerator, args):
-    """Write the resolved flags to <output_dir>/args.json and hand them to the tracker. Main process only."""
+    """Write the resolved flags to <output_dir>/args.json and hand them to the tracker; the main process does."""
+    if not accelerator.is_main_process:
+        return
     told = {name: value for name, value in vars(args).items() if name != "hub_token"}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
@@ -130,25 +148,23 @@ class Metrics:
         kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
         self.file.write_text("".join(row + "\n" for row in kept))
 
-    def write(self, step, loss, lr, grad_norm, seconds):
-        import torch
-
+    def write(self, step, loss, lr, grad_norm, seconds, peak):
         grad_norm = grad_norm if math.isfinite(grad_norm) else None  # fp16, skipped; JSON knows no infinity
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "s/step": round(seconds, 4)}
-        if torch.cuda.is_available():
-            row["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if peak:
+            row["peak_GiB"] = round(peak, 2)
         with self.file.open("a") as f:
             f.write(json.dumps(row) + "\n")
         return row
 
 
-def begin_step():
-    """The time; the GPU's memory peak is counted anew."""
-    import torch
+def to_device(batch, device):
+    """Move a batch, tensors in nested dicts too, and bring frames from uint8 to [-1, 1]. `index` stays: to read it on a
+    GPU would wait for the GPU."""
+    from accelerate.utils import send_to_device
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    return time.perf_counter()
+    moved = send_to_device({k: v for k, v in batch.items() if k != "index"}, device, non_blocking=True)
+    return {**moved, "index": batch["index"], "pixel_values": moved["pixel_values"].float() / 127.5 - 1}
 
 
 def check_step(step, loss, grad_norm, skipped, lr, saved):

@@ -27,19 +27,33 @@ def load_image(path, width=None, height=None, resize_mode="crop"):
     resize_mode: `crop` covers the target and crops the centre; `stretch` ignores the aspect ratio. Raises ValueError
     with the path in front.
     """
+    return Image.fromarray(load_frame(path, width, height, resize_mode))
+
+
+def load_frame(path, width=None, height=None, resize_mode="crop"):
+    """load_image as an array (h, w, 3) uint8: torch's bicubic is several times faster than Pillow's, and as smooth."""
+    import torch
+
     try:
         with Image.open(path) as image:
             if width:
                 turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
                 image.draft("RGB", (height, width) if turned else (width, height))  # JPEG: decode at a fitting 1/2^n
-            image = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = np.array(image if image.mode == "RGB" else to_rgb(image))
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
-    if not width or image.size == (width, height):
-        return image
-    if resize_mode == "stretch":
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    h, w = pixels.shape[:2]
+    if not width or (w, h) == (width, height):
+        return pixels
+    if resize_mode == "crop":
+        scale = min(w / width, h / height)
+        kept_w, kept_h = max(round(width * scale), 1), max(round(height * scale), 1)
+        left, top = (w - kept_w) // 2, (h - kept_h) // 2
+        pixels = pixels[top : top + kept_h, left : left + kept_w]
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def picture_size(paths):

@@ -134,3 +134,107 @@ def test_a_run_under_checkpointing_has_the_same_losses_and_gradients(run, tmp_pa
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         told[policy] = [row[key] for row in rows for key in ("loss", "grad_norm")]
     assert told["nested"] == pytest.approx(told["none"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- precision, compile, offload
+
+
+def half_of(unet, dtype):
+    """A copy whose frozen weights are in `dtype`, which computes in it."""
+    unet = fast_unet.speed_up(copy.deepcopy(unet))
+    for p in unet.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+    fast_unet.cast_inputs(unet, dtype)
+    return fast_unet.compute_in(unet, dtype)
+
+
+BF16, FP16 = (torch.bfloat16, 2e-3, 0.99), (torch.float16, 3e-4, 0.9999)  # how far off they may be
+
+
+@pytest.mark.parametrize("dtype, loss_off, angle, lora", [(*BF16, False), (*BF16, True), (*FP16, True)])
+def test_half_precision_has_the_loss_and_the_gradients_direction_of_float32(pipe, dtype, loss_off, angle, lora):
+    """fp16 too: it needs no GPU here. Gradients arrive in float32 and are used as they are, without a scaler."""
+    unet = pipe.unet.requires_grad_(not lora)
+    if lora:
+        inject_lora(unet, 8, 8, ["attention", "feed_forward", "conv"])
+        for name, p in unet.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+    half, x, target = half_of(unet, dtype), inputs(), torch.randn(2, 8, 4, 12, 16)
+    told = []
+    for model in (fast_unet.speed_up(unet), half):
+        loss = (model(*x).sample.float() - target).square().mean()
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        told.append((loss.item(), grads))
+    (expected, gradient), (got, own) = told
+    assert got == pytest.approx(expected, rel=loss_off)
+    assert own.keys() == gradient.keys() and all(g.dtype == torch.float32 for g in own.values())
+    flat = [torch.cat([grads[name].flatten() for name in gradient]) for grads in (gradient, own)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > angle
+
+
+def test_nothing_is_computed_in_float32_in_half_precision(pipe):
+    """Autocast would: every norm."""
+    half, seen = half_of(pipe.unet.requires_grad_(True), torch.bfloat16), {}
+    for name, module in half.named_modules():
+        if type(module).__name__ in ("Linear", "Conv2d", "Conv3d", "LayerNorm", "GroupNorm"):
+            module.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, out.dtype))
+    half(*inputs())
+    assert len(seen) > 200 and set(seen.values()) == {torch.bfloat16}
+
+
+def test_attention_over_more_sequences_than_cuda_takes_is_done_in_parts(pipe, monkeypatch):
+    whole, parts, x = speed_up(copy.deepcopy(pipe.unet)), speed_up(pipe.unet), inputs()
+    expected = gradients(whole, x)
+    monkeypatch.setattr(fast_unet, "ATTENTION_BATCH", 100)
+    sizes, plain = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda q, *args, **kwargs: (sizes.append(len(q)), plain(q, *args, **kwargs))[1],
+    )  # fmt: skip
+    for name, gradient in gradients(parts, x).items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+    assert max(sizes) == 100
+
+
+@pytest.mark.parametrize("policy", ["nested"])  # which has all that others have
+def test_compiled_blocks_give_the_same_and_never_fall_back(pipe, policy):
+    """By a backend that captures and differentiates as inductor does, and makes no kernels: fullgraph fails at any break."""
+    kept, compiled = speed_up(copy.deepcopy(pipe.unet)), speed_up(pipe.unet)
+    for unet in (kept, compiled):
+        inject_lora(unet, 4, 4, ["attention"])
+    checkpoint(fast_unet.compile_blocks(compiled, backend="aot_eager"), policy)
+    assert torch._dynamo.config.fail_on_recompile_limit_hit and torch._dynamo.config.recompile_limit >= 32
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    expected, got = (gradients(unet, inputs(clips=1)) for unet in (kept, compiled))
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-6)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 4 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("policy", ["none", "nested"])
+def test_offloaded_activations_come_back_unchanged(pipe, policy, monkeypatch):
+    monkeypatch.setattr(fast_unet, "OFFLOAD_BYTES", 2**12)
+    unet, x = checkpoint(speed_up(pipe.unet), policy), inputs(clips=1)
+    expected = gradients(unet, x)
+    unet.zero_grad()
+    with fast_unet.offloaded(unet):
+        loss = unet(*x).sample.square().mean()
+    loss.backward()
+    for name, p in unet.named_parameters():
+        assert (p.grad is None) == (expected[name] is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_offloading_takes_activations_away_and_leaves_weights(pipe):
+    pack, _ = fast_unet.offload_hooks(pipe.unet)
+    weight = max(pipe.unet.parameters(), key=torch.numel)
+    assert pack(weight.t() if weight.ndim == 2 else weight)[1] is None
+    large, small = torch.zeros(2**19), torch.zeros(10)
+    assert pack(large)[0].data_ptr() != large.data_ptr() and pack(small) == (small, None)

@@ -1,0 +1,170 @@
+"""Will this run fit? What a training needs of a GPU's memory, before it is launched; without weights, without a GPU.
+
+    python estimate_memory.py train_svd_lora.py --width=1024 --height=576 --num_frames=25 --mixed_precision=bf16
+    python estimate_memory.py train_svd.py --width=1024 --height=576 --num_frames=25 --mixed_precision=bf16 --fit 24GB
+
+The trainer's name, then the flags that it would be given. --fit picks the levers for a card and prints the command.
+Predicted by svd_xtend/memory.py, from a table where it knows the training, else by counting it over tensors without data.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import train_svd
+import train_svd_lora
+import train_svd_tracklet
+from svd_xtend import memory
+
+logger = logging.getLogger("svd_xtend")
+
+TRAINERS = {  # script: how it reads its flags, what it trains
+    "train_svd.py": (lambda argv: train_svd.parse(train_svd.build_parser(), argv), train_svd.select_parameters),
+    "train_svd_lora.py": (
+        lambda argv: train_svd.parse(train_svd_lora.script_parser(), argv),
+        train_svd_lora.add_lora,
+    ),
+    "train_svd_tracklet.py": (train_svd_tracklet.script_parse, train_svd_tracklet.add_boxes),
+}
+
+
+def read_config(args, argv):
+    """(the UNet's configuration or None for SVD's own, its folder or None). Without --pretrained_model_name_or_path SVD's
+    own is meant, not the embedded one; a name on the Hub is taken for SVD, too."""
+    folder = Path(args.pretrained_model_name_or_path)
+    given = any(arg.startswith("--pretrained_model_name_or_path") for arg in argv)
+    if not given or not folder.is_dir():
+        return None, None
+    file = folder / "unet" / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--pretrained_model_name_or_path {folder}: no unet/config.json in it")
+    config = json.loads(file.read_text())
+    return (None if tuple(config["block_out_channels"]) == memory.LEVELS else config), folder
+
+
+def kind_of(script, args):
+    """The table's name for what trains, or None."""
+    if script == "train_svd.py":
+        return None if args.train_params else "full"
+    if script == "train_svd_lora.py":
+        return "lora" if args.lora_targets == ["attention"] and not args.use_dora else None
+    known = (args.enhancer, args.max_objects, args.lora) == ("carry", 8, None) and not args.train_params
+    return "boxes" if known else None
+
+
+def job_by_counting(args, config, folder, prepare):
+    """The Job of what is not in the table: everything about it is counted."""
+    from diffusers import AutoencoderKLTemporalDecoder
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private, but torch's own way to run without data
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    def size(module, trained=False):
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+    encoders, scale = (memory.VAE, memory.VAE_ENCODER, memory.CLIP), 8
+    with FakeTensorMode():
+        _, model = memory.fake_model(config or memory.svd_config(), prepare, args, "none")
+        if config:
+            vae = AutoencoderKLTemporalDecoder.from_config(json.loads((folder / "vae" / "config.json").read_text()))
+            clip = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder / "image_encoder"))
+            encoders, scale = (size(vae), size(vae.encoder), size(clip)), 2 ** (len(vae.config.block_out_channels) - 1)
+    return memory.Job(
+        args, None, size(model, trained=True), size(model),
+        cache(lambda *how: memory.count_step(config or memory.svd_config(), prepare, args, *how, scale)[1]), scale,
+        encoders,
+    )  # fmt: skip
+
+
+def make_job(script, argv, exact):
+    """The Job that the flags describe."""
+    parse, prepare = TRAINERS[script]
+    args = parse(argv)
+    config, folder = read_config(args, argv)
+    args.num_frames = args.num_frames or (config or {}).get("num_frames", 25)
+    if args.gradient_checkpointing == "auto":
+        args.gradient_checkpointing = "none"  # where it starts from; what a card needs more is told card by card
+    args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    kind = kind_of(script, args)
+    if config or exact or not kind:
+        logger.info("counting, some seconds for each way to recompute ...")
+        return job_by_counting(args, config, folder, prepare)
+    trained = {"full": memory.LIVE, "lora": memory.LORA_RANK_1 * getattr(args, "rank", 0), "boxes": memory.BOXES}[kind]
+    job = memory.Job(args, kind, trained, memory.ALL + trained * (kind != "full"))
+    if job.changed(gradient_checkpointing="none", offload_activations=False).step() is None:
+        return job_by_counting(args, config, folder, prepare)
+    return job
+
+
+def report(script, job):
+    """The table by component, and what each card needs."""
+    a, need = job.args, job.need()
+    print(f"{script} {a.width}x{a.height} x {a.num_frames} frames x {a.per_gpu_batch_size}, precision {a.mixed_precision}: "
+          f"{job.trained / 1e6:.1f} of {job.parameters / 1e6:.1f} M parameters train. Predicted, not measured.\n")  # fmt: skip
+    if a.mixed_precision == "no":
+        print("All of it in float32; --mixed_precision bf16, or fp16 before Ampere, takes about half.\n")
+    for component, gib, remark in need.rows():
+        print(f"{component:16}{gib:8.2f} GiB   {remark}")
+    print("\non a card of     it fits")
+    for card in memory.CARDS:
+        found = ({}, need) if need.total <= card * memory.USABLE else memory.fit(job, card * memory.USABLE)
+        told = "no, with no lever; fewer frames, a smaller size or a LoRA may" if found is None else "as it is"
+        if found and found[0]:
+            told = f"with {memory.spelled(found[0])}: {found[1].total:.1f} GiB"
+        print(f"{card:>12} GB   {told}")
+        if found and not found[0]:
+            break
+
+
+def command_that_fits(script, argv, job, card):
+    """Print what to launch on a card of so many GB."""
+    found = memory.fit(job, card * memory.USABLE)
+    if found is None:
+        raise ValueError(f"--fit {card:g}GB: no lever makes it fit. {memory.LESS}")
+    flags, need = found
+    if "latent_cache" in flags:
+        shared = ("pretrained_model_name_or_path", "base_folder", "width", "height", "resize_mode", "mixed_precision")
+        given = {name: getattr(job.args, name) for name in shared if any(a.startswith(f"--{name}") for a in argv)}
+        print(f"accelerate launch cache_latents.py {memory.spelled(given)} --latent_cache=CACHE")
+    print(f"accelerate launch {script} {' '.join(argv)} {memory.spelled(flags)}".rstrip())
+    print(f"needs {need.total:.1f} GiB (predicted)")
+
+
+def main(own, argv):
+    """Predict, print."""
+    if own.trainer not in TRAINERS:
+        raise ValueError(f"{own.trainer}: name the trainer first, one of {', '.join(TRAINERS)}; then its flags")
+    job = make_job(own.trainer, argv, own.exact)
+    if own.fit:
+        command_that_fits(own.trainer, argv, job, own.fit)
+    else:
+        report(own.trainer, job)
+
+
+def card_size(text):
+    """24GB, 24G or 24 -> 24.0."""
+    number = re.fullmatch(r"([\d.]+)\s*(GB|GiB|G)?", text, re.I)
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text}: expected a card's memory, 24GB for one")
+    return float(number[1])
+
+
+def build_parser():
+    """Its own flags; all others are the trainer's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    # fmt: off
+    parser.add_argument("trainer", help=f"{', '.join(TRAINERS)}; then its flags, as for a launch")
+    parser.add_argument("--fit", type=card_size, metavar="24GB", help="pick the flags that make it fit a card of so much memory, the fastest that do, and print the command")
+    parser.add_argument("--exact", action="store_true", help="count everything anew instead of looking it up")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(*build_parser().parse_known_args())

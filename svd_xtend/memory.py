@@ -1,0 +1,531 @@
+"""What a run needs of a GPU's memory, before it is launched: a table of constants, and the count that they come from.
+
+    need = Job(args, "lora", trained, all_parameters).need()     # GiB by component; instantly
+    python -m svd_xtend.memory                                   # counts the table anew: minutes, no GPU, no weights
+
+Activations are linear in tokens = clips x frames x h/8 x w/8: attention keeps no matrix. The count runs a step over tensors
+that have shapes but no data and adds up the bytes that are alive. It does not see a GPU's own: context, the libraries'
+workspaces, fragmentation; OVERHEAD allows for them. Next: estimate_memory.py.
+"""
+
+import argparse
+import contextlib
+import inspect
+import logging
+import re
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from svd_xtend import fast_unet
+from svd_xtend.runs import OPTIMIZERS
+
+logger = logging.getLogger("svd_xtend")
+GIB = 2**30
+CARDS = (8, 12, 16, 24, 40, 48, 80, 141)  # GB, as they are sold
+USABLE = 0.98  # of a card that shows nothing else
+CONTEXT = 0.5  # GiB that CUDA takes for itself
+OVERHEAD = 0.08  # of all else: workspaces and fragmentation; chosen, not measured
+
+# ----------------------------------------------------------------------------------------------- SVD's own constants
+
+LEVELS = (320, 640, 1280, 1280)  # channels: the UNet that the table is of
+ALL, LIVE, BOXES, LORA_RANK_1 = (
+    1524623082,
+    1474233322,
+    387615108,
+    307328,
+)  # parameters: all, with effect, of box control, ...
+VAE, VAE_ENCODER, CLIP = 97742847, 34163592, 632076800
+ENCODE, DECODE = 1280, 2048  # bytes a pixel of the frames at once, in half precision
+TOKENS = (8960, 35840, 64000, 129024, 230400)  # of SIZES
+SIZES = ((256, 160, 14), (512, 320, 14), (512, 320, 25), (1024, 576, 14), (1024, 576, 25))
+# GiB of gradients and activations where they are most, at TOKENS, computing in half precision
+STEP = {  # (what trains, policy, offload_activations)
+    ("full", "none", False): (6.821, 19.413, 32.621, 63.105, 110.643),
+    ("full", "level0", False): (5.894, 11.801, 19.061, 35.850, 62.034),
+    ("full", "level01", False): (5.894, 7.259, 10.690, 19.314, 32.766),
+    ("full", "blocks", False): (5.786, 6.893, 8.053, 10.730, 18.263),
+    ("full", "blocks", True): (5.740, 6.631, 7.589, 9.799, 13.246),
+    ("full", "nested", False): (5.680, 6.381, 6.785, 7.863, 9.312),
+    ("full", "nested", True): (5.669, 6.310, 6.664, 7.536, 8.869),
+    ("full_bf16", "none", False): (4.219, 16.811, 30.018, 60.503, 108.041),
+    ("full_bf16", "level0", False): (3.162, 9.261, 16.537, 33.327, 59.511),
+    ("full_bf16", "level01", False): (3.162, 4.759, 8.497, 17.122, 30.574),
+    ("full_bf16", "blocks", False): (3.071, 4.178, 5.338, 10.089, 18.015),
+    ("full_bf16", "blocks", True): (3.015, 3.922, 4.880, 7.090, 10.537),
+    ("full_bf16", "nested", False): (2.954, 3.667, 4.072, 5.269, 6.786),
+    ("full_bf16", "nested", True): (2.945, 3.603, 3.957, 4.829, 6.162),
+    ("lora", "none", False): (3.204, 12.750, 22.762, 45.878, 81.918),
+    ("lora", "level0", False): (1.836, 7.281, 12.996, 26.192, 46.765),
+    ("lora", "level01", False): (0.986, 3.889, 6.940, 13.985, 24.970),
+    ("lora", "blocks", False): (0.487, 1.946, 3.474, 7.003, 12.506),
+    ("lora", "blocks", True): (0.280, 1.069, 1.896, 3.805, 6.781),
+    ("lora", "nested", False): (0.350, 1.356, 2.104, 3.847, 6.532),
+    ("lora", "nested", True): (0.232, 0.835, 1.160, 2.001, 3.091),
+    ("boxes", "none", False): (5.996, 21.616, 38.021, 75.807, 134.754),
+    ("boxes", "level0", False): (3.768, 12.756, 22.224, 43.991, 77.980),
+    ("boxes", "level01", False): (2.193, 6.893, 11.861, 23.263, 41.081),
+    ("boxes", "blocks", False): (1.776, 2.883, 5.138, 10.342, 18.450),
+    ("boxes", "blocks", True): (1.753, 2.716, 3.727, 7.163, 12.745),
+    ("boxes", "nested", False): (1.682, 2.395, 2.926, 5.571, 9.890),
+    ("boxes", "nested", True): (1.671, 2.351, 2.724, 3.636, 6.331),
+}
+SAMPLING, CHUNKED_SAMPLING, BOXES_SAMPLING = (
+    34.2,
+    24.0,
+    8.8,
+)  # KiB a token: guidance has two clips; under nested; beside
+
+
+def step_of_table(kind, policy, offload, tokens, master, precision):
+    """GiB of gradients and activations at their peak, from the table; None where it has no such row."""
+    row = STEP.get((kind + "_bf16" * (kind == "full" and master == "bfloat16"), policy, offload))
+    if row is None or (master == "bfloat16" and kind == "boxes"):
+        return None
+    if precision == "no":  # all is float32: twice what it is where all is bf16, adapters' few gradients aside
+        row = STEP[("full_bf16" if kind == "full" else kind, policy, offload)]
+    i = min(np.searchsorted(TOKENS[1:-1], tokens), len(TOKENS) - 2)  # a straight line beyond both ends
+    share = (tokens - TOKENS[i]) / (TOKENS[i + 1] - TOKENS[i])
+    return max(row[i] + share * (row[i + 1] - row[i]), 0) * (2 if precision == "no" else 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- need
+
+
+@dataclass
+class Need:
+    """GiB by component. The first three are there all the time; of the last three, each at its own time."""
+
+    weights: float
+    optimizer: float
+    encoders: float
+    step: float
+    encoding: float
+    validation: float
+    gradients: float
+
+    @property
+    def peak(self):
+        """What torch.cuda.max_memory_allocated will show, over the run."""
+        return self.weights + self.optimizer + self.encoders + max(self.step, self.encoding, self.validation)
+
+    @property
+    def total(self):
+        """What the card must have."""
+        return self.peak * (1 + OVERHEAD) + CONTEXT
+
+    def rows(self):
+        """[(component, GiB, remark)] of a table."""
+        first = "weights", "of the UNet and what is added to it"
+        return [
+            (first[0], self.weights, first[1]),
+            ("optimizer", self.optimizer, "its averages, and those of --use_ema"),
+            ("VAE and CLIP", self.encoders, "weights"),
+            ("gradients", min(self.gradients, self.step), "that are there when activations are most"),
+            ("activations", max(self.step - self.gradients, 0), "of the UNet"),
+            ("encoding", self.encoding, "of frames; at another time than gradients and activations"),
+            ("validation", self.validation, "sampling and decoding; at another time, too"),
+            ("peak allocated", self.peak, "all but what has another time"),
+            ("needed", self.total, f"with {CONTEXT} GiB for CUDA and {OVERHEAD:.0%} for workspaces and fragmentation"),
+        ]
+
+
+@dataclass
+class Job:
+    """A training, as far as memory goes. kind: full, lora or boxes as the table has them, else None; trained and
+    parameters: how many; count: a function (policy, offload, master) -> GiB of gradients and activations, for what is not
+    in the table."""
+
+    args: argparse.Namespace
+    kind: str | None
+    trained: int
+    parameters: int
+    count: Callable | None = None
+    scale: int = 8  # pixels of a latent
+    encoders: tuple = (VAE, VAE_ENCODER, CLIP)
+
+    def step(self):
+        """GiB of gradients and activations at their peak; None where the table does not know and nothing can count."""
+        a, (master, _) = self.args, OPTIMIZERS[self.args.optimizer]
+        tokens = a.per_gpu_batch_size * a.num_frames * (a.width // self.scale) * (a.height // self.scale)
+        how = a.gradient_checkpointing, a.offload_activations
+        known = self.kind and step_of_table(self.kind, *how, tokens, master, a.mixed_precision)
+        return known if known is not None or self.count is None else self.count(*how, master)
+
+    def need(self, step=None):
+        """The Need of it; None where `step` is unknown."""
+        a = self.args
+        step = self.step() if step is None else step
+        if step is None:
+            return None
+        half = 4 if a.mixed_precision == "no" else 2
+        master, averages = OPTIMIZERS[a.optimizer]
+        own = 2 if master == "bfloat16" else 4
+        vae, vae_encoder, clip = self.encoders
+        vae_bytes = 2 if a.mixed_precision == "bf16" else 4  # fp16: SVD's VAE is kept out of it
+        at_hand = (vae * vae_bytes + clip * half) / GIB
+        resting = vae_encoder * vae_bytes / GIB if a.latent_cache else at_hand
+        pixels, latents = a.width * a.height / GIB, a.num_frames * (a.width // self.scale) * (a.height // self.scale)
+        frames = 1 if a.latent_cache else min(a.vae_encode_chunk, a.per_gpu_batch_size * a.num_frames)
+        decoding = DECODE * vae_bytes / 2 * min(a.decode_chunk_size, a.num_frames) * pixels
+        kib = CHUNKED_SAMPLING if a.gradient_checkpointing == "nested" else SAMPLING
+        sampling = (kib + BOXES_SAMPLING * (self.kind == "boxes")) * latents * half / 2 * 1024 / GIB
+        return Need(
+            weights=(self.trained * own + (self.parameters - self.trained) * half) / GIB,
+            optimizer=self.trained * (averages + 4 * a.use_ema) / GIB,
+            encoders=resting, step=step, gradients=self.trained * own / GIB,
+            encoding=ENCODE * vae_bytes / 2 * frames * pixels,
+            validation=(max(decoding, sampling) + at_hand - resting) * bool(a.validation_steps),
+        )  # fmt: skip
+
+    def changed(self, **flags):
+        """The same job with other flags."""
+        return replace(self, args=argparse.Namespace(**{**vars(self.args), **flags}))
+
+
+def cards(total):
+    """Those of CARDS that hold `total` GiB."""
+    return [card for card in CARDS if total <= card * USABLE]
+
+
+# --------------------------------------------------------------------------------------------------------------- levers
+
+# arithmetic of a step beside that without recomputing (counted, LoRA at 1024x576x25), and what else a lever costs (judged:
+# the cache must be made first, bf16 weights are rounded, copies to the CPU and back take time)
+COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.38, "nested": 1.86}
+LESS = "Lower --num_frames, or --width and --height; or train a LoRA (train_svd_lora.py)."
+CACHE_COST, BF16_COST, OFFLOAD_COST = 1.08, 1.15, 1.25
+
+
+def plans(job):
+    """Jobs that give the same training with less memory, cheapest first: [(cost, changed flags, job)]. What the flags
+    already ask for is not taken back."""
+    a, found = job.args, []
+    policies = list(fast_unet.POLICIES)
+    given = policies.index(a.gradient_checkpointing) if a.gradient_checkpointing in policies else 0
+    rounded = [a.optimizer] + ["adamw_bf16_sr"] * (
+        a.optimizer == "adamw" and a.mixed_precision == "bf16" and job.kind == "full"
+    )
+    for policy in policies[given:]:
+        for cached in {a.latent_cache, a.latent_cache or "CACHE"}:
+            for optimizer in rounded:
+                for offload in {a.offload_activations, policy in ("blocks", "nested")}:
+                    told = dict(gradient_checkpointing=policy, latent_cache=cached, optimizer=optimizer, offload_activations=offload)  # fmt: skip
+                    flags = {k: v for k, v in told.items() if v != getattr(a, k)}
+                    costs = {"latent_cache": CACHE_COST, "optimizer": BF16_COST, "offload_activations": OFFLOAD_COST}
+                    cost = COST[policy] * np.prod([costs.get(name, 1) for name in flags])
+                    found.append((cost, flags, job.changed(**told)))
+    return sorted(found, key=lambda plan: (plan[0], len(plan[1])))
+
+
+def fit(job, budget):
+    """(flags to add, Need) of the cheapest plan that needs at most `budget` GiB, or None. Where validation is what does not
+    fit it decodes fewer frames at once; where nothing else helps it is left out."""
+    chunks = [{}, *({"decode_chunk_size": n} for n in (8, 4, 2, 1) if n < job.args.decode_chunk_size)]
+    for validations in (chunks, [{"validation_steps": 0}]):
+        for _, flags, plan in plans(job):
+            step = plan.step()
+            for less in validations if step is not None else []:
+                need = plan.changed(**less).need(step)
+                if need.total <= budget:
+                    return {**flags, **less}, need
+    return None
+
+
+def spelled(flags):
+    """Flags as they are typed."""
+    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
+
+
+def advice(job, total):
+    """What to change so that it fits the next smaller budget than `total` GiB: one sentence."""
+    found = fit(job, total * 0.97)
+    if found is None:
+        return LESS
+    flags, need = found
+    made = " (made by cache_latents.py)" if "latent_cache" in flags else ""
+    return f"Add {spelled(flags)}{made}: then it needs {need.total:.1f} GiB."
+
+
+# -------------------------------------------------------------------------------------------------------- in the trainer
+
+
+def job_of(args, unet, prepare_unet, pipe):
+    """The Job of a training whose model is at hand, as `prepare_unet` made it of the pipeline's UNet."""
+    names = [name for name, p in unet.named_parameters() if p.requires_grad]
+    live = [name for name, _ in unet.named_parameters() if not fast_unet.is_dead(name)]
+    kind = None
+    if tuple(pipe.unet.config.block_out_channels) == LEVELS:
+        if all(".lora_" in name for name in names) and args.lora_targets == ["attention"] and not args.use_dora:
+            kind = "lora"
+        elif all(name.startswith("adapter.") for name in names) and (args.enhancer, args.max_objects) == ("carry", 8):
+            kind = "boxes"
+        elif names == live:
+            kind = "full"
+    vae = pipe.vae
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (vae, vae.encoder, pipe.image_encoder)]
+    parameters, scale = dict(unet.named_parameters()), 2 ** (len(vae.config.block_out_channels) - 1)
+    return Job(
+        args, kind, sum(parameters[name].numel() for name in names), sum(p.numel() for p in parameters.values()),
+        cache(lambda *how: count_step(pipe.unet.config, prepare_unet, args, *how, scale)[1]), scale, tuple(sizes),
+    )  # fmt: skip
+
+
+def free_memory(device):
+    """GiB that are free on a device."""
+    import psutil
+    import torch
+
+    return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available) / GIB
+
+
+def choose_policy(job, device):
+    """The first of the checkpointing policies, which go from the fastest to the smallest, that fits the free memory."""
+    free = free_memory(device)
+    for policy in fast_unet.POLICIES:
+        need = job.changed(gradient_checkpointing=policy).need()
+        if need.total <= free:
+            break
+    verdict = f"needs {need.total:.2f} of {free:.1f} GiB" + ", too much; going on" * (need.total > free)
+    logger.info("--gradient_checkpointing auto: %s, which %s", policy, verdict)
+    return policy
+
+
+class Watch:
+    """The memory of a run: predicted at its start, measured, explained where there is not enough.
+
+    Resolves `--gradient_checkpointing auto` in args. From then on an uncaught out-of-memory error ends with one message."""
+
+    def __init__(self, args, unet, prepare_unet, pipe, device):
+        self.job, self.device, self.steps, self.between = job_of(args, unet, prepare_unet, pipe), device, 0.0, 0.0
+        if args.gradient_checkpointing == "auto":
+            args.gradient_checkpointing = choose_policy(self.job, device)
+        logger.info("training %.2f M of %.2f M parameters", self.job.trained / 1e6, self.job.parameters / 1e6)
+        self.need = replace(self.job, count=None).need()  # the table alone: to count would hold the run up
+        if self.need:
+            fitting = cards(self.need.total)
+            logger.info("memory: %.1f GiB predicted at the peak, %.1f with a GPU's overhead; %s", self.need.peak,
+                        self.need.total, f"fits {fitting[0]} GB" if fitting else "fits no single card")  # fmt: skip
+        elif device.type == "cuda":
+            logger.info("memory: no instant prediction for this model and these flags; estimate_memory.py counts it")
+        before = sys.excepthook
+        sys.excepthook = lambda kind, error, trace: before(kind, error, trace) or self.explain(error)
+
+    def peak(self):
+        """GiB allocated at most since this was last asked; 0 on a CPU."""
+        import torch
+
+        if self.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_allocated(self.device) / GIB
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def begin_step(self):
+        """The time; what was at most until here, in validation for one, is not this step's."""
+        self.between = max(self.between, self.peak())
+        return time.perf_counter()
+
+    def end_step(self):
+        """GiB that the step had at most."""
+        peak = self.peak()
+        self.steps = max(self.steps, peak)
+        return peak
+
+    def report(self):
+        """Log what was measured, on a GPU."""
+        self.between = max(self.between, self.peak())
+        if self.steps:
+            told = f"; {self.need.peak:.1f} were predicted" if self.need else ""
+            logger.info("memory: at most %.1f GiB in a step, %.1f beside steps%s", self.steps, self.between, told)
+
+    def explain(self, error):
+        """Where memory ran out, one message as the last: what was there, what was predicted, which flags need less."""
+        import torch
+        from tqdm import tqdm
+
+        # the CPU's allocator raises a plain RuntimeError
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            for bar in list(getattr(tqdm, "_instances", [])):  # private; or they are drawn below the message
+                bar.close()
+            logger.error(self.out_of_memory(str(error)))
+
+    def out_of_memory(self, error):
+        """That message."""
+        import torch
+
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
+        told = [f"Out of memory on {self.device}" + (f", for {asked[1]} more" if asked else "")]
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+            told.append(f"{allocated / GIB:.1f} GiB were allocated, {reserved / GIB:.1f} reserved")
+        need = self.need or self.job.need()
+        told.append(f"a peak of {need.peak:.1f} GiB is predicted, {need.total:.1f} with a GPU's overhead")
+        return "; ".join(told) + f". {advice(self.job, need.total)} The last checkpoint is whole."
+
+
+# ------------------------------------------------------------------------------------------------------------ the count
+
+
+def live_bytes():
+    """A TorchDispatchMode that knows the bytes of all storages that are alive, `now` and at their `peak`, rounded up to the
+    512 of CUDA's allocator."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class LiveBytes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.now, self.peak, self.known = 0, 0, {}
+
+        def watch(self, tensor):
+            """Count a tensor's storage until it is freed."""
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+            if key not in self.known:
+                self.known[key] = weakref.ref(storage, lambda _: self.forget(key)), size
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+        def forget(self, key):
+            _, size = self.known.pop(key, (None, 0))
+            self.now -= size
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(out):
+                if hasattr(leaf, "untyped_storage"):
+                    self.watch(leaf)
+            return out
+
+    return LiveBytes()
+
+
+def fake_model(config, prepare, args, policy, master="float32"):
+    """(UNet, model) as a trainer has them, of tensors without data; inside a FakeTensorMode."""
+    from unittest.mock import patch
+
+    import torch
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    # files hold data; random numbers are never drawn
+    told = argparse.Namespace(**{**vars(args), "tracklet_weights": None, "lora": None, "seed": 0})
+    unet = fast_unet.speed_up(UNetSpatioTemporalConditionModel.from_config(config).requires_grad_(False))
+    with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):  # peft; nothing has to move
+        model = prepare(unet, told)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
+    for p in model.parameters():
+        p.data = p.data.to(getattr(torch, master) if p.requires_grad else half)
+    fast_unet.checkpoint(model, policy)
+    if half != torch.float32:
+        fast_unet.cast_inputs(unet, half)
+        fast_unet.compute_in(model, half)
+    return unet, model.train()
+
+
+def fake_inputs(unet, args, scale=8):
+    """(positional, keyword) arguments of a UNet, `cond` of box control where it has that."""
+    import torch
+
+    b, f, h, w = args.per_gpu_batch_size, args.num_frames, args.height // scale, args.width // scale
+    x = [torch.randn(shape) for shape in ((b, f, 8, h, w), (b,), (b, 1, unet.config.cross_attention_dim), (b, 3))]
+    slots = getattr(args, "max_objects", 0)
+    valid = torch.zeros(b, f, slots)
+    boxes = {
+        "boxes": torch.rand(b, f, slots, 4),
+        "valid": valid,
+        "hard": valid.clone(),
+        "colors": torch.rand(b, slots, 3),
+    }
+    return x, boxes if slots else {}
+
+
+def count_step(config, prepare, args, policy, offload=False, master="float32", scale=8):
+    """(GiB of weights, GiB of gradients and activations where they are most) of a training step of a UNet of this
+    configuration; args as a trainer has them. Takes seconds, and no memory to speak of."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private, but torch's own way to run without data
+
+    with FakeTensorMode():
+        unet, model = fake_model(config, prepare, args, policy, master)
+        x, cond = fake_inputs(unet, args, scale)
+        live = live_bytes()
+        for tensor in [*model.parameters(), *model.buffers(), *x, *cond.values()]:
+            live.watch(tensor)
+        weights = live.now
+        with live:
+            with away_from(live, model) if offload else contextlib.nullcontext():
+                loss = model(*x, **cond).sample.float().square().mean()
+            loss.backward()
+    return weights / GIB, (live.peak - weights) / GIB
+
+
+def away_from(live, model):
+    """fast_unet.offloaded for the count, which then leaves out what is on the CPU."""
+    import torch
+
+    pack, unpack = fast_unet.offload_hooks(model)
+
+    def pack_uncounted(tensor):
+        peak, kept = live.peak, pack(tensor)
+        if kept[1] is not None:
+            live.forget(kept[0].untyped_storage()._cdata)
+            live.peak = peak
+        return kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack_uncounted, unpack)
+
+
+def prepare_full(unet, args):
+    for name, p in unet.named_parameters():
+        p.requires_grad_(not fast_unet.is_dead(name))
+    return unet
+
+
+def prepare_lora(unet, args):
+    from svd_xtend.lora import inject_lora
+
+    return inject_lora(unet, 16, 16, ["attention"])
+
+
+def prepare_boxes(unet, args):
+    from svd_xtend.boxes import ControlledUNet, new_boxes
+
+    return ControlledUNet(unet, new_boxes(unet))
+
+
+KINDS = {"full": prepare_full, "lora": prepare_lora, "boxes": prepare_boxes}
+
+
+def svd_config():
+    """The configuration of SVD's UNet: diffusers' defaults."""
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    told = inspect.signature(UNetSpatioTemporalConditionModel.__init__).parameters
+    return {name: p.default for name, p in told.items() if name != "self"}
+
+
+def count_kind(kind, policy, offload, width, height, frames, clips=1, precision="bf16"):
+    """count_step of SVD's own UNet; kind: one of KINDS, or full_bf16."""
+    args = argparse.Namespace(width=width, height=height, num_frames=frames, per_gpu_batch_size=clips,
+                              mixed_precision=precision, max_objects=8 * (kind == "boxes"))  # fmt: skip
+    master = "bfloat16" if kind == "full_bf16" else "float32"
+    return count_step(svd_config(), KINDS[kind.removesuffix("_bf16")], args, policy, offload, master)
+
+
+def main():
+    """Print STEP, counted anew."""
+    for kind in ("full", "full_bf16", "lora", "boxes"):
+        for policy in fast_unet.POLICIES:
+            for offload in (False, True) if policy in ("blocks", "nested") else (False,):
+                row = [f"{count_kind(kind, policy, offload, *size)[1]:.3f}" for size in SIZES]
+                print(f'    ("{kind}", "{policy}", {offload}): ({", ".join(row)}),', flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The memory model: its table is what counting gives, counting is what real tensors take, and its advice is followed."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import estimate_memory
+import train_svd
+import train_svd_lora
+from svd_xtend import fast_unet, memory
+from svd_xtend.memory import count_kind, fit, live_bytes, step_of_table
+
+ROOT = Path(__file__).parents[1]
+SIZE = ["--width=1024", "--height=576", "--num_frames=25", "--mixed_precision=bf16"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the count
+
+
+def test_live_bytes_are_those_of_storages_that_are_alive_and_their_peak():
+    x = torch.zeros(1000)
+    live = live_bytes()
+    live.watch(x)
+    with live:
+        y = x + 1
+        y = y.view(10, 100) * 2  # views are free; for a moment there are three
+    assert (live.now, live.peak) == (2 * 4096, 3 * 4096)  # 4000 bytes in blocks of 512
+    del y
+    assert live.now == 4096
+
+
+@pytest.mark.parametrize("policy, offload", [("none", False), ("nested", False), ("blocks", True)])
+def test_a_step_counted_without_data_is_the_step_of_real_tensors(pipe, policy, offload, monkeypatch):
+    monkeypatch.setattr(fast_unet, "OFFLOAD_BYTES", 2**14)
+    args = train_svd.parse(train_svd.build_parser(), ["--width=64", "--height=48", "--mixed_precision=no", "--seed=0"])
+    args.num_frames = 8
+    how = dict(policy=policy, offload=offload, scale=4)
+    weights, step = memory.count_step(pipe.unet.config, train_svd.select_parameters, args, **how)
+
+    unet = fast_unet.checkpoint(train_svd.select_parameters(fast_unet.speed_up(pipe.unet), args).train(), policy)
+    x, _ = memory.fake_inputs(unet, args, scale=4)  # here real ones
+    live = live_bytes()
+    for tensor in [*unet.parameters(), *unet.buffers(), *x]:
+        live.watch(tensor)
+    assert live.now == pytest.approx(weights * 2**30)
+    with live:
+        with memory.away_from(live, unet) if offload else torch.enable_grad():
+            loss = unet(*x).sample.float().square().mean()
+        loss.backward()
+    assert live.peak / 2**30 - weights == pytest.approx(step, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+@pytest.mark.parametrize(
+    "kind, policy, offload, size",
+    [
+        ("full", "nested", False, (768, 448, 20)),
+        ("lora", "blocks", False, (576, 320, 25, 2)),
+        ("full_bf16", "level01", False, (1024, 576, 14)),
+        ("boxes", "nested", True, (768, 448, 25)),
+    ],
+)
+def test_the_table_is_within_two_percent_of_the_count(kind, policy, offload, size):
+    """Sizes that the table does not hold. Weights count, too: they are what the two per cent are of."""
+    weights, counted = count_kind(kind, policy, offload, *size)
+    width, height, frames, *clips = size
+    tokens = width // 8 * (height // 8) * frames * (clips or [1])[0]
+    master = "bfloat16" if kind == "full_bf16" else "float32"
+    table = step_of_table(kind.removesuffix("_bf16"), policy, offload, tokens, master, "bf16")
+    assert weights + table == pytest.approx(weights + counted, rel=0.02)
+
+
+def test_float32_is_twice_the_table_of_half_precision():
+    weights, counted = count_kind("full", "blocks", False, 512, 320, 14, precision="no")
+    table = step_of_table("full", "blocks", False, 64 * 40 * 14, "float32", "no")
+    assert weights + table == pytest.approx(weights + counted, rel=0.02)
+
+
+def test_numbers_of_parameters_are_those_of_the_model():
+    args = argparse.Namespace(mixed_precision="bf16")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def sizes(kind):
+        _, model = memory.fake_model(memory.svd_config(), memory.KINDS[kind], args, "none")
+        return [sum(p.numel() for p in model.parameters() if p.requires_grad or not own) for own in (True, False)]
+
+    with FakeTensorMode():
+        assert sizes("full") == [memory.LIVE, memory.ALL]
+        assert sizes("lora") == [16 * memory.LORA_RANK_1, memory.ALL + 16 * memory.LORA_RANK_1]
+        assert sizes("boxes") == [memory.BOXES, memory.ALL + memory.BOXES]
+
+
+def test_each_policy_keeps_less_than_the_one_before():
+    for kind in ("full", "full_bf16", "lora", "boxes"):
+        rows = [memory.STEP[(kind, policy, False)] for policy in fast_unet.POLICIES]
+        for more, less in zip(rows, rows[1:]):
+            assert all(a >= b for a, b in zip(more, less))
+        for policy in ("blocks", "nested"):
+            assert all(a >= b for a, b in zip(memory.STEP[(kind, policy, False)], memory.STEP[(kind, policy, True)]))
+
+
+# ------------------------------------------------------------------------------------------------------------- estimate
+
+
+def job(*flags, script="train_svd_lora.py"):
+    return estimate_memory.make_job(script, [*SIZE, *flags], exact=False)
+
+
+@pytest.mark.parametrize("card", [8, 12, 16, 24, 40, 48, 80])
+def test_fit_prints_a_command_that_the_trainer_takes_and_that_fits(card, capsys):
+    estimate_memory.main(argparse.Namespace(trainer="train_svd_lora.py", fit=card, exact=False), SIZE)
+    (command,) = (line for line in capsys.readouterr().out.splitlines() if "train_svd_lora.py" in line)
+    flags = command.split("train_svd_lora.py ")[1].split()
+    args = train_svd.parse(train_svd_lora.script_parser(), flags)
+    again = memory.Job(args, "lora", 16 * memory.LORA_RANK_1, memory.ALL + 16 * memory.LORA_RANK_1)
+    assert again.need().total <= card * memory.USABLE
+
+
+def test_a_card_that_is_too_small_is_an_error_that_says_what_to_do():
+    with pytest.raises(ValueError, match=r"^--fit 8GB: no lever makes it fit. .*(--num_frames|LoRA)"):
+        estimate_memory.main(argparse.Namespace(trainer="train_svd.py", fit=8.0, exact=False), SIZE)
+
+
+def test_the_report_adds_up_and_names_every_card(capsys):
+    estimate_memory.main(argparse.Namespace(trainer="train_svd.py", fit=None, exact=False), SIZE)
+    out = capsys.readouterr().out
+    gib = {name.strip(): float(x) for name, x in re.findall(r"^(\D{16}) *([\d.]+) GiB", out, re.M)}
+    at_once = ("weights", "optimizer", "VAE and CLIP", "gradients", "activations")
+    assert sum(gib[name] for name in at_once) == pytest.approx(gib["peak allocated"], abs=0.03)
+    assert [int(card) for card in re.findall(r"^ *(\d+) GB ", out, re.M)] == list(memory.CARDS)
+
+
+def test_levers_each_save_what_they_are_for():
+    base = job("--gradient_checkpointing=blocks").need()
+    cached, small = job("--gradient_checkpointing=blocks", "--latent_cache=x").need(), job("--gradient_checkpointing")
+    assert cached.encoders < 0.1 * base.encoders and small.need().peak == base.peak
+    full = {
+        name: job(f"--optimizer={name}", script="train_svd.py").need()
+        for name in ("adamw", "adamw8bit", "adamw_bf16_sr")
+    }
+    assert full["adamw8bit"].optimizer == full["adamw"].optimizer / 4
+    assert full["adamw_bf16_sr"].optimizer == full["adamw"].optimizer / 2
+    assert full["adamw_bf16_sr"].weights < 0.6 * full["adamw"].weights
+    ema = job("--use_ema", script="train_svd.py").need()
+    assert ema.optimizer - full["adamw"].optimizer == pytest.approx(memory.LIVE * 4 / 2**30)
+
+
+def test_what_is_not_in_the_table_is_counted(pipe):
+    flags = ["--pretrained_model_name_or_path=svd_xtend/tiny_svd", "--width=64", "--height=48"]
+    own = estimate_memory.make_job("train_svd.py", flags, exact=False)
+    assert own.kind is None and own.parameters == sum(p.numel() for p in pipe.unet.parameters())
+    assert own.encoders[2] == sum(p.numel() for p in pipe.image_encoder.parameters())
+    assert 0 < own.need().peak < 1
+    assert fit(own, 0.01) is None
+
+
+def test_an_estimate_takes_no_library_that_is_slow_to_import():
+    code = "import sys, estimate_memory as e, argparse; e.main(argparse.Namespace(trainer='train_svd.py', fit=None, exact=False), []); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- in training
+
+
+def test_auto_takes_the_fastest_policy_that_fits(monkeypatch):
+    lora = job()
+    for free, policy in (
+        (500, "none"),
+        (70, "level0"),
+        (40, "level01"),
+        (20, "blocks"),
+        (13.2, "nested"),
+        (1, "nested"),
+    ):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert memory.choose_policy(lora, torch.device("cpu")) == policy
+
+
+def test_auto_on_a_model_that_is_not_svds_size_counts_it(run, tmp_path, monkeypatch):
+    """The embedded SVD in 0.6 GiB: `blocks` fits, keeping more does not; the run says so in its args.json."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0.6)
+    out = run("--max_train_steps=1", "--gradient_checkpointing=auto", "--vae_encode_chunk=1", output_dir=tmp_path)
+    assert '"gradient_checkpointing": "blocks"' in (out / "args.json").read_text()
+
+
+def test_out_of_memory_ends_with_one_message_of_flags_to_add(clips, tmp_path):
+    code = f"""
+import sys, torch, train_svd as t
+def loss(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has ...")
+args = t.parse(t.build_parser(), ["--width=64", "--height=48", "--num_workers=0", "--validation_steps=0",
+    "--base_folder={clips}", "--output_dir={tmp_path}"])
+t.train(args, t.DummyDataset, t.select_parameters, t.export, t.validate, loss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert re.match(r"Out of memory on cpu, for 2.25 GiB more; a peak of [\d.]+ GiB is predicted, .* Add --", last), (
+        last
+    )
