@@ -369,7 +369,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     watch = memory.Watch(args, unet, prepare_unet, pipe, device)
     fast_unet.checkpoint(fast_unet.compile_blocks(unet) if args.compile else unet, args.gradient_checkpointing)
     cache.check(args.latent_cache, pipe, accelerator.mixed_precision, args.width, args.height, args.resize_mode)
-    master, _ = runs.OPTIMIZERS[args.optimizer]
+    master, *_ = runs.OPTIMIZERS[args.optimizer]
     trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device, not args.latent_cache, master)
 
     # data
@@ -531,7 +531,7 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--adam_beta1", type=float, default=0.9)
     g.add_argument("--adam_beta2", type=float, default=0.999)
     g.add_argument("--adam_weight_decay", type=float, default=1e-2)
-    g.add_argument("--adam_epsilon", type=float, default=1e-8)
+    g.add_argument("--adam_epsilon", type=float, help="default: 1e-8; of adamw8bit 1e-6")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip gradients to this norm; 0: do not")
     g.add_argument("--use_ema", action="store_true", help="keep a moving average of what trains; it is what is rendered and exported")
     g.add_argument("--seed", type=int, help="default: one is drawn, printed and kept")

@@ -152,7 +152,7 @@ class Job:
 
     def step(self):
         """GiB of gradients and activations at their peak; None where the table does not know and nothing can count."""
-        a, (master, _) = self.args, OPTIMIZERS[self.args.optimizer]
+        a, (master, *_) = self.args, OPTIMIZERS[self.args.optimizer]
         tokens = a.per_gpu_batch_size * a.num_frames * (a.width // self.scale) * (a.height // self.scale)
         how = a.gradient_checkpointing, a.offload_activations
         known = self.kind and step_of_table(self.kind, *how, tokens, master, a.mixed_precision)
@@ -165,7 +165,7 @@ class Job:
         if step is None:
             return None
         half = 4 if a.mixed_precision == "no" else 2
-        master, averages = OPTIMIZERS[a.optimizer]
+        master, averages, _ = OPTIMIZERS[a.optimizer]
         own = 2 if master == "bfloat16" else 4
         vae, vae_encoder, clip = self.encoders
         vae_bytes = 2 if a.mixed_precision == "bf16" else 4  # fp16: SVD's VAE is kept out of it

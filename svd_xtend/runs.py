@@ -50,10 +50,12 @@ def check_precision(flag):
 GATE_RATE = 10
 
 
-OPTIMIZERS = {  # what trained weights are kept in, and the optimizer's two averages, bytes a parameter
-    "adamw": ("float32", 8),
-    "adamw8bit": ("float32", 2),
-    "adamw_bf16_sr": ("bfloat16", 4),
+OPTIMIZERS = {  # what trained weights are kept in; bytes a parameter of the optimizer's two averages; default epsilon
+    "adamw": ("float32", 8, 1e-8),
+    # 8 bit round the second moment of a rare gradient, as dropped conditions make them, to 0: at 1e-8 single weights of
+    # conv_in and attn2 then took steps of 200 times the learning rate
+    "adamw8bit": ("float32", 2, 1e-6),
+    "adamw_bf16_sr": ("bfloat16", 4, 1e-8),
 }
 
 
@@ -80,10 +82,11 @@ def make_optimizer(parameters, args):
         "lr": GATE_RATE * args.learning_rate,
         "weight_decay": 0.0,
     }
+    epsilon = OPTIMIZERS[args.optimizer][2] if args.adam_epsilon is None else args.adam_epsilon
     groups = [{"params": [p for p in parameters if p.ndim]}] + [gates] * bool(gates["params"])
     optimizer = optimizer_class(
         groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, **how,
+        weight_decay=args.adam_weight_decay, eps=epsilon, **how,
     )  # fmt: skip
     if args.optimizer == "adamw_bf16_sr":
         optimizer.register_step_pre_hook(lambda optimizer, *_: seed_rounding(optimizer, args.seed))
