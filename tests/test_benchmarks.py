@@ -10,18 +10,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import count_step
 
 
-def test_live_bytes_are_those_of_storages_that_are_alive_and_their_peak():
-    x = torch.zeros(1000)
-    live = count_step.LiveBytes()
-    live.watch(x)
-    with live:
-        y = x + 1
-        y = y.view(10, 100) * 2  # views are free; for a moment there are three
-    assert (live.now, live.peak) == (8000, 12000)
-    del y
-    assert live.now == 4000
-
-
 def test_attention_counts_as_its_two_products_forward_and_five_backward():
     q, k, v = (torch.randn(1, 2, length, 64, requires_grad=True) for length in (30, 50, 50))
     with FlopCounterMode(display=False, custom_mapping=count_step.ATTENTION) as flops:
