@@ -2,6 +2,7 @@
 
     python estimate_memory.py train_svd_lora.py --width=1024 --height=576 --num_frames=25 --mixed_precision=bf16
     python estimate_memory.py train_svd.py --width=1024 --height=576 --num_frames=25 --mixed_precision=bf16 --fit 24GB
+    python estimate_memory.py train_svd.py --pretrained_model_name_or_path=/path/to/weight --train_params attn1
 
 The trainer's name, then the flags that it would be given. --fit picks the levers for a card and prints the command.
 Predicted by svd_xtend/memory.py, from a table where it knows the training, else by counting it over tensors without data.

@@ -184,7 +184,7 @@ def encode_video(vae, pixel_values, noise, chunk=1, moments=None):
     import torch
 
     if moments is None:
-        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+        with torch.no_grad():
             frames = rearrange(pixel_values, "b f c h w -> (b f) c h w").to(vae.dtype)
             parts = [vae.encode(part).latent_dist for part in frames.split(chunk)]
         moments = torch.stack([torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])]).float()
@@ -200,12 +200,11 @@ def embed_image(pipe, first_frame):
 
     # private, but the sampler's own: any other resize would train on embeddings that inference never shows
     pixels = (stock._resize_with_antialiasing(first_frame.float(), (224, 224)) + 1) / 2
-    mean, std = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1)
-        for values in (pipe.feature_extractor.image_mean, pipe.feature_extractor.image_std)
-    )
-    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        return pipe.image_encoder(((pixels - mean) / std).to(pipe.image_encoder.dtype)).image_embeds[:, None]
+    # channel by channel, by numbers: a tensor of them would have to be sent to the GPU, and wait
+    mean, std = pipe.feature_extractor.image_mean, pipe.feature_extractor.image_std
+    pixels = torch.stack([(pixels[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+    with torch.no_grad():
+        return pipe.image_encoder(pixels.to(pipe.image_encoder.dtype)).image_embeds[:, None]
 
 
 def condition(pipe, first_frame, fps, motion_bucket_id, noise, image_embeds=None):
@@ -219,7 +218,7 @@ def condition(pipe, first_frame, fps, motion_bucket_id, noise, image_embeds=None
 
     noise_aug_strength = (noise.normal() * 0.5 - 3).exp()
     noised = first_frame + noise_aug_strength[:, None, None, None] * noise.normal(*first_frame.shape[1:])
-    with torch.no_grad(), torch.autocast(noised.device.type, enabled=False):
+    with torch.no_grad():
         parts = [pipe.vae.encode(frame).latent_dist.mode() for frame in noised.to(pipe.vae.dtype).split(1)]
     added_time_ids = torch.stack([fps.float() - 1, motion_bucket_id.float(), noise_aug_strength], dim=1)
     image_embeds = embed_image(pipe, first_frame) if image_embeds is None else image_embeds

@@ -1,28 +1,36 @@
-"""Seconds and memory of a UNet training step, diffusers' own beside ours, and of the phases around it.
+"""Seconds of a training step by phase, and its memory: each lever beside the original's way of doing it.
 
     python benchmarks/bench_step.py                                          # the embedded SVD, on any machine
+    python benchmarks/bench_step.py --model half --method lora               # SVD at half its width, random weights
     python benchmarks/bench_step.py --model full --width 1024 --height 576 --num_frames 25 --method lora --precision bf16
 
-Physics: a training step does about three forwards of arithmetic (one forward, two in backward), four when activations are
-recomputed; with adapters only, two and three. What is neither attention nor a matrix product is bound by memory traffic.
+Phases: VAE (the frames, and the noised first one), CLIP, the UNet's forward and backward, the optimizer; loading has a
+benchmark of its own. Physics: a step does about three forwards of arithmetic (one forward, two in backward), four when
+activations are recomputed; with adapters only, two and three. What is neither attention nor a matrix product waits for
+memory. MFU: arithmetic of a step that recomputes nothing, beside what the GPU could do in that time.
 
-Variants run in turn, round after round in one process: what else the machine does hits all of them, and ratios of the
-medians hold where seconds do not. The last line is one JSON document.
+`original` is the public code's way: half-precision weights under autocast, diffusers' own checkpointing, frames encoded 8 at
+a time in each step. On a CPU variants run in turn, round after round, so that ratios hold where seconds do not; on a GPU one
+after the other, each with the GPU to itself. Ratios are medians of the rounds' own. The last line is one JSON document.
 """
 
 import argparse
+import contextlib
 import copy
+import gc
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from svd_xtend import fast_unet
+import train_svd
+from svd_xtend import fast_unet, memory, runs
 from svd_xtend.checkpoints import load_svd
 from svd_xtend.lora import inject_lora
 from svd_xtend.tiny import TINY_SVD
@@ -31,120 +39,257 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF_WIDTH = dict(
     block_out_channels=(160, 320, 640, 640), num_attention_heads=(5, 10, 20, 20), addition_time_embed_dim=256
 )
+PEAK_TFLOPS = {
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
+    "4090": 165,
+    "L40S": 362,
+    "L4": 121,
+}  # dense, half precision; vendors'
+DIFFUSERS = dict(
+    fast=False, policy="none", autocast=True, encode="cached", compile=False, offload=False, optimizer="adamw"
+)
+OURS = DIFFUSERS | dict(fast=True, autocast=False)
+VARIANTS = {  # the first is what the others are compared with
+    "original": DIFFUSERS | dict(policy="diffusers", encode="live"),
+    "diffusers": DIFFUSERS,
+    "diffusers, its checkpointing": DIFFUSERS | dict(policy="diffusers"),
+    "ours": OURS,
+    "ours, encoding live": OURS | dict(encode="live"),
+    **{f"ours, {policy}": OURS | dict(policy=policy) for policy in list(fast_unet.POLICIES)[1:]},
+    "ours, nested, offload": OURS | dict(policy="nested", offload=True),
+    "ours, adamw_bf16_sr": OURS | dict(optimizer="adamw_bf16_sr"),
+    "ours, compile": OURS | dict(compile=True),
+    "ours, blocks, compile": OURS | dict(policy="blocks", compile=True),
+}
+NEEDS = {"ours, nested, offload": "a GPU", "ours, adamw_bf16_sr": "torchao", "ours, compile": "--compile", "ours, blocks, compile": "--compile"}  # fmt: skip
 
 
-def make_unet(args, device):
-    """The UNet to measure: the embedded one, or random weights in SVD's layout, whole or at half its width."""
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    torch.manual_seed(0)
+def make_pipe(args, device):
+    """(VAE, CLIP, UNet, ...) to measure: the embedded SVD, or random weights in SVD's layout, whole or at half its width."""
     if args.model == "tiny":
-        unet = load_svd(str(TINY_SVD), torch.float32).unet
-    else:
-        with torch.device(device):
-            unet = UNetSpatioTemporalConditionModel(**(HALF_WIDTH if args.model == "half" else {}))
-    unet.requires_grad_(args.method == "full")
+        return load_svd(str(TINY_SVD), torch.float32)
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512])
+    huge = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, projection_dim=1024, num_hidden_layers=32,
+                            num_attention_heads=16, patch_size=14, hidden_act="gelu")  # fmt: skip
+    with torch.device(device):
+        return SimpleNamespace(
+            unet=UNetSpatioTemporalConditionModel(**(HALF_WIDTH if args.model == "half" else {})),
+            vae=AutoencoderKLTemporalDecoder(layers_per_block=2, force_upcast=True, **blocks),
+            image_encoder=CLIPVisionModelWithProjection(huge),
+            feature_extractor=CLIPImageProcessor(),
+        )
+
+
+def make_unet(stock, how, args, optimizers):
+    """A copy of the stock UNet, on the same weights where a variant leaves them as they are, made to train as it does; and its
+    optimizer, which those on the same trained weights share."""
+    half = DTYPES[args.precision]
+    shared = args.method == "lora" or (args.precision == "no" and how["optimizer"] == "adamw")
+    unet = copy.deepcopy(stock, {id(p): p for p in stock.parameters()} if shared else {})
+    unet.requires_grad_(False)
+    if how["fast"]:
+        fast_unet.speed_up(unet)
     if args.method == "lora":
-        unet.to(DTYPES[args.precision])
         inject_lora(unet, 16, 16, ["attention"])
-        for name, p in unet.named_parameters():
-            if ".lora_" in name:
-                p.data = p.data.float()
-    return unet.to(device).train()
+        for module in unet.modules() if not how["fast"] else []:
+            if hasattr(module, "lora_A"):
+                module.__dict__.pop("forward", None)  # PEFT's own
+    else:
+        train_svd.select_parameters(unet, SimpleNamespace(train_params=[]))
+    master = getattr(torch, runs.OPTIMIZERS[how["optimizer"]][0])
+    for p in unet.parameters():
+        p.data = p.data.to(master if p.requires_grad else half)
+    if how["compile"]:
+        fast_unet.compile_blocks(unet)
+    if how["policy"] == "diffusers":
+        unet.enable_gradient_checkpointing()
+    else:
+        fast_unet.checkpoint(unet, how["policy"])
+    if not how["autocast"] and half != torch.float32:
+        fast_unet.cast_inputs(unet, half)
+        fast_unet.compute_in(unet, half)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    told = SimpleNamespace(optimizer=how["optimizer"], learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999,
+                           adam_weight_decay=0.01, adam_epsilon=None, seed=0)  # fmt: skip
+    key = id(trained[0]), how["optimizer"]
+    optimizers[key] = optimizers.get(key) or runs.make_optimizer(trained, told)
+    return unet.train(), optimizers[key]
 
 
-def variants(args):
-    """{name: what it does to a UNet}: the stock one first, what the others are compared with."""
-    chosen = {"diffusers": lambda unet: unet, "ours": fast_unet.speed_up}
-    chosen["diffusers, its checkpointing"] = lambda unet: (unet.enable_gradient_checkpointing(), unet)[1]
-    for policy in list(fast_unet.POLICIES)[1:]:
-        chosen[f"ours, {policy}"] = lambda unet, policy=policy: fast_unet.checkpoint(fast_unet.speed_up(unet), policy)
-    return {name: make for name, make in chosen.items() if not args.only or name in args.only}
+class Clock:
+    """Seconds between calls, by name; waits for the GPU."""
 
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+        self.lap(None)
 
-def one_step(unet, inputs, args, device):
-    """{forward, backward: seconds} and peak GiB on a GPU."""
-
-    def now():
-        if device.type == "cuda":
+    def lap(self, name):
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        now = time.perf_counter()
+        if name:
+            self.seconds[name] = now - self.before
+        self.before = now
 
+
+def one_step(variant, pipe, batch, args, device):
+    """{phase: seconds} of one training step, and its peak in GiB on a GPU."""
+    unet, optimizer, how = variant
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    began = now()
-    with torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "no"):
-        loss = unet(*inputs).sample.float().square().mean()
-    middle = now()
+    clock, pixels, noise = Clock(device), batch["pixel_values"], batch["noise"]
+    live = how["encode"] == "live"
+    chunk = 8 if how["policy"] == "diffusers" else 1
+    latents = train_svd.encode_video(pipe.vae, pixels, noise, chunk, None if live else batch["moments"])
+    clock.lap("VAE")
+    embeds = train_svd.embed_image(pipe, pixels[:, 0]) if live else batch["image_embeds"]
+    clock.lap("CLIP")
+    _, image_latents, ids = train_svd.condition(pipe, pixels[:, 0], *batch["told"], noise, embeds)
+    clock.lap("VAE, first frame")
+    inputs = torch.cat([latents, image_latents[:, None].expand_as(latents)], dim=2)
+    with torch.autocast(device.type, DTYPES[args.precision], enabled=how["autocast"] and args.precision != "no"):
+        with fast_unet.offloaded(unet, how["offload"]) if how["offload"] else contextlib.nullcontext():
+            loss = (unet(inputs, noise.normal(), embeds, ids).sample.float() - latents).square().mean()
+    clock.lap("forward")
     loss.backward()
-    seconds = {"forward": middle - began, "backward": now() - middle}
-    unet.zero_grad()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    return seconds, peak
+    clock.lap("backward")
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.lap("optimizer")
+    return clock.seconds, torch.cuda.max_memory_allocated() / memory.GIB if device.type == "cuda" else None
+
+
+def make_batch(pipe, args, device, scale):
+    """Random frames with what a cache holds of them."""
+    b, f, h, w = args.batch_size, args.num_frames, args.height, args.width
+    pixels = torch.rand(b, f, 3, h, w, device=device) * 2 - 1
+    return {
+        "pixel_values": pixels, "noise": train_svd.SampleNoise(0, torch.arange(b), device),
+        "moments": torch.rand(b, 2, f, 4, h // scale, w // scale, device=device),
+        "image_embeds": torch.randn(b, 1, pipe.image_encoder.config.projection_dim, device=device),
+        "told": (torch.full((b,), 7, device=device), torch.full((b,), 127, device=device)),
+    }  # fmt: skip
+
+
+def measure(names, pipe, stock, args, device, batch):
+    """{variant: {phases: medians of seconds, seconds: of each round, peak}} of variants that run in turn."""
+    optimizers = {}
+    made = {name: (*make_unet(stock, VARIANTS[name], args, optimizers), VARIANTS[name]) for name in names}
+    rows = {name: {"rounds": [], "peak_GiB": None} for name in names}
+    for i in range(args.rounds + 1):
+        for name, variant in made.items():
+            if rows[name]["peak_GiB"] == "out of memory":
+                continue
+            try:
+                seconds, peak = one_step(variant, pipe, batch, args, device)
+            except torch.OutOfMemoryError:
+                rows[name]["peak_GiB"] = "out of memory"
+                continue
+            if i:  # the first one warms up
+                rows[name]["rounds"].append(seconds)
+                rows[name]["peak_GiB"] = peak
+    return rows
+
+
+def chosen(args, device):
+    """Names of the variants that can run here; says which cannot, and why."""
+    import importlib.util
+
+    there = {"a GPU": device.type == "cuda", "torchao": bool(importlib.util.find_spec("torchao")) and args.method == "full"
+             and args.precision == "bf16", "--compile": args.compile}  # fmt: skip
+    names = [name for name in VARIANTS if not args.only or name in args.only]
+    left = [name for name in names if not there.get(NEEDS.get(name), True)]
+    for name in left:
+        print(f"left out: {name}, which needs {NEEDS[name]}", file=sys.stderr)
+    return [name for name in names if name not in left]
 
 
 def main(args):
     """Measure and print."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scale, dim = (4, 64) if args.model == "tiny" else (8, 1024)
-    b, f, h, w = args.batch_size, args.num_frames, args.height // scale, args.width // scale
-    g = torch.Generator().manual_seed(0)
-    shapes = (b, f, 8, h, w), (b,), (b, 1, dim), (b, 3)
-    inputs = [torch.randn(shape, generator=g).to(device) for shape in shapes]
-    rows = {name: {"seconds": [], "forward": [], "peak": None} for name in variants(args)}
-    unet = make_unet(args, device)
-    shared = {id(p): p for p in unet.parameters()}  # one set of weights for all variants
-    rounds = {name: make(copy.deepcopy(unet, dict(shared))) for name, make in variants(args).items()}
-    for i in range(args.rounds + 1):
-        for name, unet in rounds.items():
-            try:
-                seconds, peak = one_step(unet, inputs, args, device)
-            except torch.cuda.OutOfMemoryError:
-                rows[name]["peak"] = "out of memory"
-                continue
-            if i:  # the first one warms up
-                rows[name]["seconds"].append(sum(seconds.values()))
-                rows[name]["forward"].append(seconds["forward"])
-                rows[name]["peak"] = peak
-    first = next(iter(rows))
-    report(rows, first, device, args)
+    torch.manual_seed(0)
+    pipe = make_pipe(args, device)
+    half = DTYPES[args.precision]
+    stock = pipe.unet.to(device, half if args.method == "lora" else None).requires_grad_(False)
+    for module in (pipe.vae, pipe.image_encoder):
+        module.requires_grad_(False).to(device, half)
+    batch = make_batch(pipe, args, device, 4 if args.model == "tiny" else 8)
+    names, rows = chosen(args, device), {}
+    for group in [[name] for name in names] if device.type == "cuda" else [names]:
+        rows |= measure(group, pipe, stock, args, device, batch)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    report(rows, device, args)
 
 
-def report(rows, first, device, args):
-    """A table, then the same as one JSON line. Ratios are medians of the rounds' own ratios."""
+def model_tflop(args):
+    """TFLOP of a step that recomputes nothing, of SVD's own size; None of others."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from count_step import count_flops
+
+    if args.model != "full":
+        return None
+    return args.batch_size * count_flops(args.method, "none", args.width, args.height, args.num_frames)[1] / 1e12
+
+
+def predicted_peak(name, args):
+    """GiB that the memory model says for a variant of SVD's own size, without VAE and CLIP, or None."""
+    how = VARIANTS[name]
+    if args.model != "full" or not how["fast"]:
+        return None
+    tokens = args.batch_size * args.num_frames * (args.width // 8) * (args.height // 8)
+    master = runs.OPTIMIZERS[how["optimizer"]][0]
+    return memory.step_of_table(args.method, how["policy"], how["offload"], tokens, master, args.precision)
+
+
+def report(rows, device, args):
+    """A table, then the same as one JSON line."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.model} {args.method} {args.width}x{args.height}x{args.num_frames} batch {args.batch_size}, {args.precision}, {name}")  # fmt: skip
-    print(f"{'':32}{'s/step':>9}{'forward':>9}{'x ' + first:>14}{'peak GiB':>10}")
-    document = {"device": name, **vars(args), "variants": {}}
+    phases = ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
+    first, tflop = next(iter(rows)), model_tflop(args)
+    peak_tflops = next((t for card, t in PEAK_TFLOPS.items() if card in name), None)
+    print(
+        f"{'':30}{'s/step':>8}{'x faster':>9}"
+        + "".join(f"{p[:9]:>10}" for p in phases)
+        + f"{'peak GiB':>10}{'MFU':>7}"
+    )
+    document = {"device": name, "torch": torch.__version__, **vars(args), "tflop": tflop, "variants": {}}
     for variant, row in rows.items():
-        if not row["seconds"]:
-            print(f"{variant:32}{row['peak']}")
+        if not row["rounds"]:
+            print(f"{variant:30}{row['peak_GiB']}")
+            document["variants"][variant] = {"peak_GiB": row["peak_GiB"]}
             continue
-        median, forward = statistics.median(row["seconds"]), statistics.median(row["forward"])
-        base = rows[first]["seconds"]
-        ratio = statistics.median(b / a for a, b in zip(row["seconds"], base)) if base else None
-        peak = f"{row['peak']:10.2f}" if row["peak"] else ""
-        print(f"{variant:32}{median:9.3f}{forward:9.3f}{ratio if ratio else float('nan'):14.2f}{peak}")
-        document["variants"][variant] = {
-            "seconds": median,
-            "forward": forward,
-            "speedup": ratio,
-            "peak_gib": row["peak"],
-        }
+        totals = [sum(seconds.values()) for seconds in row["rounds"]]
+        base = [sum(seconds.values()) for seconds in rows[first]["rounds"]]
+        told = {"seconds": statistics.median(totals), "peak_GiB": row["peak_GiB"], "predicted_step_GiB": predicted_peak(variant, args)}  # fmt: skip
+        told |= {phase: statistics.median(s[phase] for s in row["rounds"]) for phase in phases}
+        told["x_faster"] = statistics.median(b / a for a, b in zip(totals, base)) if base else None
+        told["mfu"] = tflop / told["seconds"] / peak_tflops if tflop and peak_tflops else None
+        document["variants"][variant] = told
+        print(f"{variant:30}{told['seconds']:8.3f}{told['x_faster'] or float('nan'):9.2f}" + "".join(f"{told[p]:10.3f}" for p in phases)
+              + (f"{told['peak_GiB']:10.2f}" if told["peak_GiB"] else " " * 10) + (f"{told['mfu']:7.1%}" if told["mfu"] else ""))  # fmt: skip
     print(json.dumps(document))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
-    parser.add_argument("--model", choices=["tiny", "half", "full"], default="tiny", help="the embedded UNet, or SVD's with random weights, at half its width or whole")
+    parser.add_argument("--model", choices=["tiny", "half", "full"], default="tiny", help="the embedded SVD, or SVD's layout with random weights, at half its width or whole")
     parser.add_argument("--method", choices=["full", "lora"], default="full")
     parser.add_argument("--precision", choices=DTYPES, default="no")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--height", type=int, default=48)
     parser.add_argument("--num_frames", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="measure the compiled variants, too: minutes more")
     parser.add_argument("--only", nargs="+", help="these variants, by their names in the table")
     # fmt: on
     main(parser.parse_args())

@@ -237,6 +237,8 @@ def compile_blocks(unet, backend="inductor"):
     for module in unet.modules():
         if type(module).__name__ in PARTS:
             forward = module.forward.__func__
-            compiled[forward] = compiled.get(forward) or torch.compile(forward, fullgraph=True, backend=backend)
+            compiled[forward] = compiled.get(forward) or torch.compile(
+                forward, fullgraph=True, dynamic=False, backend=backend
+            )
             module.forward = MethodType(compiled[forward], module)
     return unet

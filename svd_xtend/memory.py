@@ -35,12 +35,8 @@ OVERHEAD = 0.08  # of all else: workspaces and fragmentation; chosen, not measur
 # ----------------------------------------------------------------------------------------------- SVD's own constants
 
 LEVELS = (320, 640, 1280, 1280)  # channels: the UNet that the table is of
-ALL, LIVE, BOXES, LORA_RANK_1 = (
-    1524623082,
-    1474233322,
-    387615108,
-    307328,
-)  # parameters: all, with effect, of box control, ...
+ALL, LIVE = 1524623082, 1474233322  # parameters of the UNet, and of those the ones that have an effect
+BOXES, LORA_RANK_1 = 387615108, 307328  # of box control; of a LoRA on all attention, for each rank
 VAE, VAE_ENCODER, CLIP = 97742847, 34163592, 632076800
 ENCODE, DECODE = 1280, 2048  # bytes a pixel of the frames at once, in half precision
 TOKENS = (8960, 35840, 64000, 129024, 230400)  # of SIZES
@@ -164,6 +160,9 @@ class Job:
         step = self.step() if step is None else step
         if step is None:
             return None
+        gradients = self.trained * (2 if OPTIMIZERS[a.optimizer][0] == "bfloat16" else 4) / GIB
+        if a.gradient_accumulation_steps > 1:
+            step += gradients  # at most: the second batch's activations are made beside the first one's gradients
         half = 4 if a.mixed_precision == "no" else 2
         master, averages, _ = OPTIMIZERS[a.optimizer]
         own = 2 if master == "bfloat16" else 4
@@ -179,7 +178,7 @@ class Job:
         return Need(
             weights=(self.trained * own + (self.parameters - self.trained) * half) / GIB,
             optimizer=self.trained * (averages + 4 * a.use_ema) / GIB,
-            encoders=resting, step=step, gradients=self.trained * own / GIB,
+            encoders=resting, step=step, gradients=gradients,
             encoding=ENCODE * vae_bytes / 2 * frames * pixels,
             validation=(max(decoding, sampling) + at_hand - resting) * bool(a.validation_steps),
         )  # fmt: skip
@@ -198,7 +197,7 @@ def cards(total):
 
 # arithmetic of a step beside that without recomputing (counted, LoRA at 1024x576x25), and what else a lever costs (judged:
 # the cache must be made first, bf16 weights are rounded, copies to the CPU and back take time)
-COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.38, "nested": 1.86}
+COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.37, "nested": 1.84}
 LESS = "Lower --num_frames, or --width and --height; or train a LoRA (train_svd_lora.py)."
 CACHE_COST, BF16_COST, OFFLOAD_COST = 1.08, 1.15, 1.25
 
@@ -212,8 +211,9 @@ def plans(job):
     rounded = [a.optimizer] + ["adamw_bf16_sr"] * (
         a.optimizer == "adamw" and a.mixed_precision == "bf16" and job.kind == "full"
     )
+    can_cache = getattr(a, "draw_boxes", None) != "yes"  # frames with boxes drawn in are in no cache
     for policy in policies[given:]:
-        for cached in {a.latent_cache, a.latent_cache or "CACHE"}:
+        for cached in {a.latent_cache, a.latent_cache or "CACHE" * can_cache or None}:
             for optimizer in rounded:
                 for offload in {a.offload_activations, policy in ("blocks", "nested")}:
                     told = dict(gradient_checkpointing=policy, latent_cache=cached, optimizer=optimizer, offload_activations=offload)  # fmt: skip
@@ -243,9 +243,9 @@ def spelled(flags):
     return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
 
 
-def advice(job, total):
-    """What to change so that it fits the next smaller budget than `total` GiB: one sentence."""
-    found = fit(job, total * 0.97)
+def advice(job, budget):
+    """What to change so that it fits `budget` GiB: one sentence."""
+    found = fit(job, budget)
     if found is None:
         return LESS
     flags, need = found
@@ -361,13 +361,15 @@ class Watch:
         import torch
 
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
+        need = self.need or self.job.need()
+        budget = 0.97 * need.total  # less than was asked for, and not more than there is
         told = [f"Out of memory on {self.device}" + (f", for {asked[1]} more" if asked else "")]
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
             told.append(f"{allocated / GIB:.1f} GiB were allocated, {reserved / GIB:.1f} reserved")
-        need = self.need or self.job.need()
+            budget = min(budget, USABLE * torch.cuda.mem_get_info(self.device)[1] / GIB)
         told.append(f"a peak of {need.peak:.1f} GiB is predicted, {need.total:.1f} with a GPU's overhead")
-        return "; ".join(told) + f". {advice(self.job, need.total)} The last checkpoint is whole."
+        return "; ".join(told) + f". {advice(self.job, budget)} The last checkpoint is whole."
 
 
 # ------------------------------------------------------------------------------------------------------------ the count

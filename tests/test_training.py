@@ -318,6 +318,32 @@ def test_half_precision_freezes_in_half_and_trains_in_float32(run, monkeypatch, 
     assert seen["unet"] == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+def test_a_steps_loss_and_gradients_never_ask_the_device_for_a_number(run):
+    """On a GPU each such question waits for all that was launched before. That .item(), bool() and nonzero are noticed is
+    checked, too."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    asked = []
+
+    class Questions(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+                asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def loss(*args):
+        with Questions():
+            value = train_svd.svd_loss(*args)
+            value.mean().backward(retain_graph=True)
+        return value
+
+    run("--max_train_steps=1", "--conditioning_dropout_prob=0.2", "--gradient_checkpointing=nested", loss=loss)
+    assert asked == []
+    with Questions():
+        torch.ones(1).item(), torch.ones(1).nonzero()
+    assert len(asked) == 2
+
+
 # -------------------------------------------------------------------------------------------------------- as users do it
 
 
