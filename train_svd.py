@@ -365,6 +365,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
     unet = prepare_unet(fast_unet.speed_up(pipe.unet), args)
     args.num_frames = args.num_frames or pipe.unet.config.num_frames
+    loss = fast_unet.offloaded(unet, loss) if args.offload_activations else loss
     watch = memory.Watch(args, unet, prepare_unet, pipe, device)
     fast_unet.checkpoint(fast_unet.compile_blocks(unet) if args.compile else unet, args.gradient_checkpointing)
     cache.check(args.latent_cache, pipe, accelerator.mixed_precision, args.width, args.height, args.resize_mode)
@@ -429,8 +430,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             for _ in range(args.gradient_accumulation_steps):
                 batch = runs.to_device(next(batches), device)
                 with accelerator.accumulate(model):
-                    with fast_unet.offloaded(unet, args.offload_activations):
-                        value = loss(model, pipe, batch, args).mean()
+                    value = loss(model, pipe, batch, args).mean()
                     accelerator.backward(value)
                     clip = accelerator.clip_grad_norm_ if accelerator.sync_gradients else lambda *_: None
                     grad_norm = clip(trained, args.max_grad_norm or math.inf)

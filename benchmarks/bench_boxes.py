@@ -27,8 +27,8 @@ from svd_xtend.shapes import make_clip
 from svd_xtend.tiny import TINY_SVD
 
 
-def variants():
-    """{name: (UNet, keyword arguments of its boxes)}; all from the same weights."""
+def variants(half):
+    """{name: (UNet, keyword arguments of its boxes)}; all from the same weights, computing in bf16 where `half`."""
     base = fast_unet.speed_up(load_svd(str(TINY_SVD), torch.float32).unet).requires_grad_(False)
     clip = {k: torch.from_numpy(v)[None].repeat(8, *[1] * v.ndim) for k, v in make_clip((1, 1), "roam").tracklets().pad(8).cond().items()}  # fmt: skip
     full, lora = copy.deepcopy(base), inject_lora(copy.deepcopy(base), 16, 16, ["attention"])
@@ -38,6 +38,11 @@ def variants():
     for enhancer in ("carry", "tokens", "none"):
         unet = copy.deepcopy(base)
         made[f"boxes, enhancer {enhancer}"] = ControlledUNet(unet, new_boxes(unet, enhancer=enhancer)), clip
+    for model, _ in made.values() if half else []:
+        for p in model.parameters():
+            p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
+        fast_unet.cast_inputs(getattr(model, "unet", model), torch.bfloat16)
+        fast_unet.compute_in(model, torch.bfloat16)
     return made
 
 
@@ -45,13 +50,12 @@ def main(args):
     """Measure and print."""
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=g) for shape in ((8, 8, 8, 12, 16), (8,), (8, 1, 64), (8, 3))]
-    made, half = variants(), args.precision == "bf16"
+    made = variants(args.precision == "bf16")
     seconds = {name: [] for name in made}
     for i in range(args.rounds + 1):
         for name, (model, cond) in made.items():
             began = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                loss = model(*inputs, **cond).sample.float().square().mean()
+            loss = model(*inputs, **cond).sample.float().square().mean()
             loss.backward()
             model.zero_grad()
             if i:  # the first one warms up

@@ -15,7 +15,6 @@ after the other, each with the GPU to itself. Ratios are medians of the rounds' 
 """
 
 import argparse
-import contextlib
 import copy
 import gc
 import json
@@ -153,8 +152,8 @@ def one_step(variant, pipe, batch, args, device):
     clock.lap("VAE, first frame")
     inputs = torch.cat([latents, image_latents[:, None].expand_as(latents)], dim=2)
     with torch.autocast(device.type, DTYPES[args.precision], enabled=how["autocast"] and args.precision != "no"):
-        with fast_unet.offloaded(unet, how["offload"]) if how["offload"] else contextlib.nullcontext():
-            loss = (unet(inputs, noise.normal(), embeds, ids).sample.float() - latents).square().mean()
+        forward = fast_unet.offloaded(unet, unet) if how["offload"] else unet
+        loss = (forward(inputs, noise.normal(), embeds, ids).sample.float() - latents).square().mean()
     clock.lap("forward")
     loss.backward()
     clock.lap("backward")

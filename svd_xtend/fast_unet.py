@@ -9,7 +9,6 @@ Cross-attention in SVD sees one token, the CLIP embedding. A softmax over one ke
 attn2(x) = to_out(to_v(embedding)) at every position: norm2, to_q, to_k and the attention have neither effect nor gradient.
 """
 
-import contextlib
 import re
 from types import MethodType
 
@@ -196,12 +195,16 @@ def chunked(forward):
     return chunk
 
 
-def offloaded(model, enabled=True):
-    """A context for the forward: what backward will need waits in the CPU's memory. Under checkpointing that is the
+def offloaded(model, function):
+    """`function` whose calls leave what backward will need of them in the CPU's memory. Under checkpointing that is the
     segments' inputs. Copies run in the GPU's own order, so nothing here waits for them."""
     import torch
 
-    return torch.autograd.graph.saved_tensors_hooks(*offload_hooks(model)) if enabled else contextlib.nullcontext()
+    def call(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(*offload_hooks(model)):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def offload_hooks(model):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_svd
+from svd_xtend.runs import best_precision
 from svd_xtend.shapes import HELD_OUT_SEED, make_clip, measure, segment, speed, write_clips
 from svd_xtend.tiny import TINY_BOXES, TINY_SVD, evaluate, evaluate_control, vae_psnr
 from train_svd import svd_loss
@@ -111,6 +112,7 @@ def test_a_hundred_steps_lower_the_held_out_loss_on_the_shifted_domain(run, tmp_
         "--per_gpu_batch_size=2",
         "--validation_steps=100",
         f"--base_folder={tmp_path / 'fall'}",
+        f"--mixed_precision={best_precision()}",
     ]
     flags += (
         ["--lora_targets", "attention", "feed_forward", "projection", "conv", "--learning_rate=2e-3"]
