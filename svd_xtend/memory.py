@@ -197,7 +197,7 @@ def cards(total):
 
 # arithmetic of a step beside that without recomputing (counted, LoRA at 1024x576x25), and what else a lever costs (judged:
 # the cache must be made first, bf16 weights are rounded, copies to the CPU and back take time)
-COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.37, "nested": 1.84}
+COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.37, "nested": 1.82}
 LESS = "Lower --num_frames, or --width and --height; or train a LoRA (train_svd_lora.py)."
 CACHE_COST, BF16_COST, OFFLOAD_COST = 1.08, 1.15, 1.25
 
