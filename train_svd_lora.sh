@@ -16,7 +16,7 @@ if [ "$base_folder" = "data/fall" ]; then # the default: draw it
 fi
 if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     recipe=(
-        --width=1024 --height=576 --num_frames=25 --gradient_checkpointing
+        --width=1024 --height=576 --num_frames=25 --gradient_checkpointing=auto
         --rank=16 --learning_rate=1e-4 --lr_warmup_steps=100 --max_train_steps=5000
         --checkpointing_steps=500 --checkpoints_total_limit=2 --validation_steps=500 --decode_chunk_size=4
         --output_dir=outputs/lora

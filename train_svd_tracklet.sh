@@ -26,7 +26,7 @@ if [[ "$base_folder" = "data/roam" && " $* " != *" --base_folder"* ]]; then # th
 fi
 if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     out="${out:-outputs/tracklet}" tiny=""
-    recipe=(--width=512 --height=320 --gradient_checkpointing --checkpointing_steps=1000 --checkpoints_total_limit=2
+    recipe=(--width=512 --height=320 --gradient_checkpointing=auto --checkpointing_steps=1000 --checkpoints_total_limit=2
         --validation_steps=1000 --decode_chunk_size=4)
     stages=("" "" "") # the presets of --stage: 50000, 50000 and 10000 steps
 else

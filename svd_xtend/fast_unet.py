@@ -54,6 +54,8 @@ def speed_up(unet):
             module.attn2.forward = MethodType(one_token_attention, module.attn2)
             module.norm2.forward = MethodType(lambda norm2, hidden_states: hidden_states, module.norm2)
             module.attn1.forward = MethodType(in_batches(module.attn1.forward.__func__), module.attn1)
+            if type(module).__name__ == TEMPORAL:
+                module.forward = MethodType(one_context_a_clip(module.forward.__func__), module)
         elif type(module).__name__ == "AlphaBlender":
             module.forward = MethodType(blend, module)
         elif isinstance(module, torch.nn.Conv3d):
@@ -66,9 +68,22 @@ def one_token_attention(attn2, hidden_states, encoder_hidden_states=None, attent
     if encoder_hidden_states is None or encoder_hidden_states.shape[1] != 1 or attention_mask is not None:
         queries = type(attn2.query_norm).forward(attn2.query_norm, hidden_states)
         return type(attn2).forward(attn2, queries, encoder_hidden_states, attention_mask, **kwargs)
-    if encoder_hidden_states.stride(0) == 0:  # one clip's token, expanded to each position by diffusers
-        encoder_hidden_states = encoder_hidden_states[:1]
-    return attn2.to_out[0](attn2.to_v(encoder_hidden_states)) / attn2.rescale_output_factor
+    out = attn2.to_out[0](attn2.to_v(encoder_hidden_states)) / attn2.rescale_output_factor
+    each = len(hidden_states) // len(out)  # positions of a clip, in temporal attention
+    return out if each == 1 or len(out) == 1 else out.repeat_interleave(each, 0)
+
+
+def one_context_a_clip(forward):
+    """`forward` of a temporal block that is handed the embedding once a clip, not once for each of its h w positions, as
+    diffusers writes it out."""
+
+    def run(block, hidden_states, num_frames, encoder_hidden_states=None):
+        context, positions = encoder_hidden_states, hidden_states.shape[1]
+        if context is not None and context.shape[1] == 1:
+            context = context[::positions].contiguous()
+        return forward(block, hidden_states, num_frames=num_frames, encoder_hidden_states=context)
+
+    return run
 
 
 def in_batches(forward):

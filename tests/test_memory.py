@@ -205,3 +205,51 @@ t.train(args, t.DummyDataset, t.select_parameters, t.export, t.validate, loss)
     assert re.match(r"Out of memory on cpu, for 2.25 GiB more; a peak of [\d.]+ GiB is predicted, .* Add --", last), (
         last
     )
+
+
+@pytest.mark.parametrize(
+    "script, flags, kind",
+    [
+        ("train_svd.py", [], "full"),
+        ("train_svd.py", ["--train_params", "temporal_transformer_blocks"], None),
+        ("train_svd_lora.py", ["--rank=8"], "lora"),
+        ("train_svd_lora.py", ["--lora_targets", "conv"], None),
+        ("train_svd_tracklet.py", [], "boxes"),
+        ("train_svd_tracklet.py", ["--enhancer=none"], None),
+    ],
+)
+def test_trainer_and_estimate_see_the_same_job(pipe, script, flags, kind):
+    """Full size, of tensors without data: what the trainer makes of its model is what the estimate makes of the flags."""
+    from types import SimpleNamespace
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    parse, prepare = estimate_memory.TRAINERS[script]
+    args = parse([*SIZE, *flags])
+    with FakeTensorMode():
+        unet, model = memory.fake_model(memory.svd_config(), prepare, args, "none")
+        seen = memory.job_of(
+            args, model, prepare, SimpleNamespace(unet=unet, vae=pipe.vae, image_encoder=pipe.image_encoder)
+        )
+    assert (estimate_memory.kind_of(script, args), seen.kind) == (kind, kind)
+    if kind:
+        told = estimate_memory.make_job(script, [*SIZE, *flags], exact=False)
+        assert (told.trained, told.parameters) == (seen.trained, seen.parameters)
+
+
+def test_a_run_reports_what_it_measured_beside_what_was_predicted(monkeypatch, caplog):
+    """With a GPU's counter played back: 3 GiB in validation, steps of 5 and 6, 4 at the end."""
+    peaks = iter([3, 5, 0, 6, 4])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks) * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    watch = object.__new__(memory.Watch)
+    watch.job, watch.device, watch.steps, watch.between = job(), torch.device("cuda"), 0.0, 0.0
+    watch.need = watch.job.need()
+    steps = []
+    for _ in range(2):
+        watch.begin_step()
+        steps.append(watch.end_step())
+    with caplog.at_level("INFO", "svd_xtend"):
+        watch.report()
+    assert steps == [5, 6]
+    assert "at most 6.0 GiB in a step, 4.0 beside steps; 86." in caplog.text
