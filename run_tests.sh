@@ -5,4 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 bash install.sh
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source .venv/bin/activate; fi
 ruff check .
-python -m pytest "$@"
+export OMP_NUM_THREADS=1 # two processes, a file of tests each, are faster than one process with all threads
+python -m pytest -n 2 --dist loadfile "$@"
