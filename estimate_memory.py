@@ -13,13 +13,15 @@ import json
 import logging
 import os
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
 import train_svd
 import train_svd_lora
 import train_svd_tracklet
-from svd_xtend import memory
+from svd_xtend import memory, runs
+from svd_xtend.tiny import TINY_SVD
 
 logger = logging.getLogger("svd_xtend")
 
@@ -33,18 +35,19 @@ TRAINERS = {  # script: how it reads its flags, what it trains
 }
 
 
-def read_config(args, argv):
-    """(the UNet's configuration or None for SVD's own, its folder or None). Without --pretrained_model_name_or_path SVD's
-    own is meant, not the embedded one; a name on the Hub is taken for SVD, too."""
-    folder = Path(args.pretrained_model_name_or_path)
-    given = any(arg.startswith("--pretrained_model_name_or_path") for arg in argv)
-    if not given or not folder.is_dir():
+def read_config(args):
+    """(the UNet's configuration, its folder). Of the embedded SVD, which is the default, and of names on the Hub: SVD's own,
+    None, None."""
+    path = args.pretrained_model_name_or_path
+    folder = Path(path)
+    if path == str(TINY_SVD) or not folder.is_dir():
+        if path != str(TINY_SVD) and (path[:1] in "/.~" or path.count("/") > 1):
+            raise ValueError(f"--pretrained_model_name_or_path {path}: no such folder")
         return None, None
     file = folder / "unet" / "config.json"
     if not file.is_file():
         raise ValueError(f"--pretrained_model_name_or_path {folder}: no unet/config.json in it")
-    config = json.loads(file.read_text())
-    return (None if tuple(config["block_out_channels"]) == memory.LEVELS else config), folder
+    return json.loads(file.read_text()), folder
 
 
 def kind_of(script, args):
@@ -84,11 +87,14 @@ def make_job(script, argv, exact):
     """The Job that the flags describe."""
     parse, prepare = TRAINERS[script]
     args = parse(argv)
-    config, folder = read_config(args, argv)
+    config, folder = read_config(args)
     args.num_frames = args.num_frames or (config or {}).get("num_frames", 25)
+    if config and tuple(config["block_out_channels"]) == memory.LEVELS:
+        config = None
     if args.gradient_checkpointing == "auto":
         args.gradient_checkpointing = "none"  # where it starts from; what a card needs more is told card by card
     args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    runs.check_optimizer(args)
     kind = kind_of(script, args)
     if config or exact or not kind:
         logger.info("counting, some seconds for each way to recompute ...")
@@ -112,7 +118,7 @@ def report(script, job):
     print("\non a card of     it fits")
     for card in memory.CARDS:
         found = ({}, need) if need.total <= card * memory.USABLE else memory.fit(job, card * memory.USABLE)
-        told = "no, with no lever; fewer frames, a smaller size or a LoRA may" if found is None else "as it is"
+        told = "no, with no lever" if found is None else "as it is"
         if found and found[0]:
             told = f"with {memory.spelled(found[0])}: {found[1].total:.1f} GiB"
         print(f"{card:>12} GB   {told}")
@@ -120,26 +126,48 @@ def report(script, job):
             break
 
 
+def cache_flags(argv, job, card):
+    """Flags of cache_latents.py that make the cache of this job, on the same card."""
+    shared = (
+        "pretrained_model_name_or_path",
+        "revision",
+        "base_folder",
+        "width",
+        "height",
+        "resize_mode",
+        "mixed_precision",
+    )
+    given = [arg.split("=")[0].removeprefix("--") for arg in argv]
+    flags = {name: getattr(job.args, name) for name in shared if name in given}
+    if "/path/to/weight" in argv[0]:
+        flags["pretrained_model_name_or_path"] = "/path/to/weight"
+    one = job.changed(latent_cache=None, per_gpu_batch_size=8, vae_encode_chunk=1).need(0.0)
+    room = (card * memory.USABLE - memory.CONTEXT) / (1 + memory.OVERHEAD) - one.encoders
+    flags["vae_encode_chunk"] = max([n for n in (8, 4, 2) if n * one.encoding <= room], default=1)
+    return shlex.join(memory.spelled(flags).split())
+
+
 def command_that_fits(script, argv, job, card):
     """Print what to launch on a card of so many GB."""
     found = memory.fit(job, card * memory.USABLE)
     if found is None:
-        raise ValueError(f"--fit {card:g}GB: no lever makes it fit. {memory.LESS}")
+        raise ValueError(f"--fit {card:g}GB: no lever makes it fit. {memory.less(job)}")
     flags, need = found
+    if job.args.pretrained_model_name_or_path == str(TINY_SVD):  # the default, which is not what was asked about
+        argv = ["--pretrained_model_name_or_path=/path/to/weight", *argv]
     if "latent_cache" in flags:
-        shared = ("pretrained_model_name_or_path", "base_folder", "width", "height", "resize_mode", "mixed_precision")
-        given = {name: getattr(job.args, name) for name in shared if any(a.startswith(f"--{name}") for a in argv)}
-        print(f"accelerate launch cache_latents.py {memory.spelled(given)} --latent_cache=CACHE")
-    print(f"accelerate launch {script} {' '.join(argv)} {memory.spelled(flags)}".rstrip())
+        print(f"accelerate launch cache_latents.py {cache_flags(argv, job, card)} --latent_cache=CACHE")
+    print(f"accelerate launch {script} {shlex.join(argv)} {memory.spelled(flags)}".rstrip())
     print(f"needs {need.total:.1f} GiB (predicted)")
 
 
 def main(own, argv):
     """Predict, print."""
+    own.trainer = Path(own.trainer).name
     if own.trainer not in TRAINERS:
         raise ValueError(f"{own.trainer}: name the trainer first, one of {', '.join(TRAINERS)}; then its flags")
     job = make_job(own.trainer, argv, own.exact)
-    if own.fit:
+    if own.fit is not None:
         command_that_fits(own.trainer, argv, job, own.fit)
     else:
         report(own.trainer, job)
@@ -147,8 +175,8 @@ def main(own, argv):
 
 def card_size(text):
     """24GB, 24G or 24 -> 24.0."""
-    number = re.fullmatch(r"([\d.]+)\s*(GB|GiB|G)?", text, re.I)
-    if not number:
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", text, re.I)
+    if not number or float(number[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a card's memory, 24GB for one")
     return float(number[1])
 
@@ -168,4 +196,8 @@ def build_parser():
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*build_parser().parse_known_args())
+    parser = build_parser()
+    try:
+        main(*parser.parse_known_args())
+    except ValueError as error:  # an answer, not a crash
+        parser.exit(2, f"{error}\n")

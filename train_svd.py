@@ -272,7 +272,7 @@ def validate(pipe, unet, step, args):
     """Render each --validation_image with fixed seeds into <output_dir>/validation; returns [(name, image, frames)]."""
     import torch
 
-    def as_decoder(pipe, i, t, tensors):  # the trained UNet answers in float32, the frozen decoder may be in half
+    def as_decoder(pipe, i, t, tensors):  # the UNet answers in float32 or half, the decoder may be in the other
         return {"latents": tensors["latents"].to(pipe.vae.dtype)} if i + 1 == args.num_inference_steps else tensors
 
     clips = []
@@ -309,11 +309,12 @@ def start(args):
     from datetime import timedelta
 
     import torch
-    from accelerate import Accelerator, AutocastKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import broadcast_object_list
 
     # the others wait while one validates; layers compute in half precision without autocast, see fast_unet.compute_in
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=6)), AutocastKwargs(enabled=False)]
+    handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))  # else gradients are there twice
     accelerator = Accelerator(
         mixed_precision=runs.check_precision(args.mixed_precision),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -325,6 +326,7 @@ def start(args):
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     args.mixed_precision = accelerator.mixed_precision
+    runs.check_optimizer(args)
     checkpoint = checkpoints.pick_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint:
         seed = checkpoints.read_progress(checkpoint)["seed"]
@@ -413,8 +415,6 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     if checkpoint:
         progress = checkpoints.resume(accelerator, checkpoint, args.output_dir, optimizer, schedule)
         logger.info("resumed from %s", checkpoint)
-    if ema:
-        ema.to(device)
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=SampleIndices(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
         num_workers=args.num_workers, pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
@@ -444,9 +444,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                 if ema:
                     ema.step(trained)
             sums[2], sums[3] = signals.caught, grad_norm / world
-            mean_loss, new_failed, stop, norm = accelerator.reduce(
-                sums
-            ).tolist()  # here alone the step waits for the GPU
+            mean_loss, new_failed, stop, norm = accelerator.reduce(sums).tolist()  # here the step waits for the GPU
 
             progress = {"step": step, "samples": progress["samples"] + step_samples, "seed": args.seed}
             failed += new_failed
@@ -566,9 +564,14 @@ def parse(parser, argv=None):
         if getattr(args, flag) % 8 or getattr(args, flag) <= 0:
             near = round(getattr(args, flag) / 8) * 8 or 8
             parser.error(f"--{flag} {getattr(args, flag)}: must be a multiple of 8; try {near}")
-    for flag in ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk"):
-        if getattr(args, flag) < 1:
+    for flag in ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk",
+                 "decode_chunk_size", "num_frames", "rank"):  # fmt: skip
+        if getattr(args, flag, None) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.offload_activations and args.gradient_checkpointing not in ("blocks", "nested"):
+        parser.error(
+            "--offload_activations: pass --gradient_checkpointing blocks or nested, too; else it moves far too much"
+        )
     p = args.conditioning_dropout_prob
     args.conditioning_dropout_prob = p = p * 3 if len(p) == 1 else p
     if len(p) != 3 or min(p) < 0 or sum(p) > 1:

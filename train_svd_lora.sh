@@ -1,7 +1,7 @@
 base_folder="data/fall" # <- your folder of video folders of frames; data/fall is drawn at first use
 # LoRA fine-tuning. Without arguments: sets itself up, trains the embedded SVD to make shapes fall, on any machine.
 #     bash train_svd_lora.sh
-#     bash train_svd_lora.sh --pretrained_model_name_or_path=/path/to/weight        1024x576 x 25 frames, one A100
+#     bash train_svd_lora.sh --pretrained_model_name_or_path=/path/to/weight        1024x576 x 25 frames, as your GPU allows
 # Further flags are passed on to train_svd_lora.py, and win.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -113,7 +113,7 @@ def make_unet(stock, how, args, optimizers):
         fast_unet.cast_inputs(unet, half)
         fast_unet.compute_in(unet, half)
     trained = [p for p in unet.parameters() if p.requires_grad]
-    told = SimpleNamespace(optimizer=how["optimizer"], learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999,
+    told = SimpleNamespace(optimizer=how["optimizer"], mixed_precision=args.precision, learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999,
                            adam_weight_decay=0.01, adam_epsilon=None, seed=0)  # fmt: skip
     key = id(trained[0]), how["optimizer"]
     optimizers[key] = optimizers.get(key) or runs.make_optimizer(trained, told)

@@ -10,6 +10,7 @@ attn2(x) = to_out(to_v(embedding)) at every position: norm2, to_q, to_k and the 
 """
 
 import re
+from functools import cache
 from types import MethodType
 
 RESNET, TRANSFORMER = "SpatioTemporalResBlock", "TransformerSpatioTemporalModel"
@@ -27,7 +28,7 @@ POLICIES = {  # what is recomputed as one segment: kinds of module, within which
     "nested": [((RESNET, TRANSFORMER), ""), (PARTS, "")],
 }
 FEED_FORWARD_TOKENS = 32768  # of a chunk, under `nested`
-ATTENTION_BATCH = 65535  # CUDA grids are no longer in y and z; temporal attention has a batch of b h w
+ATTENTION_BATCH = 65535  # sequences; the grids of CUDA kernels end there, and temporal attention has b h w of them
 COMPILED_GRAPHS = 128  # of one kind of block; torch's own limit of 8 is less than SVD's resnets have shapes
 OFFLOAD_BYTES = 2**20  # smaller tensors are not worth the way to the CPU
 
@@ -73,6 +74,7 @@ def one_token_attention(attn2, hidden_states, encoder_hidden_states=None, attent
     return out if each == 1 or len(out) == 1 else out.repeat_interleave(each, 0)
 
 
+@cache  # one function for all blocks: compiled once
 def one_context_a_clip(forward):
     """`forward` of a temporal block that is handed the embedding once a clip, not once for each of its h w positions, as
     diffusers writes it out."""
@@ -86,6 +88,7 @@ def one_context_a_clip(forward):
     return run
 
 
+@cache
 def in_batches(forward):
     """`forward` of an attention, no more than ATTENTION_BATCH sequences at a time."""
     import torch

@@ -72,11 +72,8 @@ STEP = {  # (what trains, policy, offload_activations)
     ("boxes", "nested", False): (1.682, 2.395, 2.926, 5.571, 9.890),
     ("boxes", "nested", True): (1.671, 2.351, 2.724, 3.636, 6.331),
 }
-SAMPLING, CHUNKED_SAMPLING, BOXES_SAMPLING = (
-    34.2,
-    24.0,
-    8.8,
-)  # KiB a token: guidance has two clips; under nested; beside
+SAMPLING = 34.2  # KiB a token, of both clips of guidance
+CHUNKED_SAMPLING, BOXES_SAMPLING = 24.0, 8.8  # under `nested`; what boxes add
 
 
 def step_of_table(kind, policy, offload, tokens, master, precision):
@@ -84,7 +81,7 @@ def step_of_table(kind, policy, offload, tokens, master, precision):
     row = STEP.get((kind + "_bf16" * (kind == "full" and master == "bfloat16"), policy, offload))
     if row is None or (master == "bfloat16" and kind == "boxes"):
         return None
-    if precision == "no":  # all is float32: twice what it is where all is bf16, adapters' few gradients aside
+    if precision == "no":  # all is float32: twice what it is where all is bf16
         row = STEP[("full_bf16" if kind == "full" else kind, policy, offload)]
     i = min(np.searchsorted(TOKENS[1:-1], tokens), len(TOKENS) - 2)  # a straight line beyond both ends
     share = (tokens - TOKENS[i]) / (TOKENS[i + 1] - TOKENS[i])
@@ -118,9 +115,8 @@ class Need:
 
     def rows(self):
         """[(component, GiB, remark)] of a table."""
-        first = "weights", "of the UNet and what is added to it"
         return [
-            (first[0], self.weights, first[1]),
+            ("weights", self.weights, "of the UNet and what is added to it"),
             ("optimizer", self.optimizer, "its averages, and those of --use_ema"),
             ("VAE and CLIP", self.encoders, "weights"),
             ("gradients", min(self.gradients, self.step), "that are there when activations are most"),
@@ -152,7 +148,11 @@ class Job:
         tokens = a.per_gpu_batch_size * a.num_frames * (a.width // self.scale) * (a.height // self.scale)
         how = a.gradient_checkpointing, a.offload_activations
         known = self.kind and step_of_table(self.kind, *how, tokens, master, a.mixed_precision)
-        return known if known is not None or self.count is None else self.count(*how, master)
+        if known is None or self.kind == "full":
+            return known if known is not None or self.count is None else self.count(*how, master)
+        # an adapter's gradients are float32 in any case, and the table's LoRA has rank 16
+        own = {"lora": 16 * LORA_RANK_1, "boxes": BOXES}[self.kind] * 4 / GIB
+        return known - own * (2 if a.mixed_precision == "no" else 1) + self.trained * 4 / GIB
 
     def need(self, step=None):
         """The Need of it; None where `step` is unknown."""
@@ -174,7 +174,7 @@ class Job:
         frames = 1 if a.latent_cache else min(a.vae_encode_chunk, a.per_gpu_batch_size * a.num_frames)
         decoding = DECODE * vae_bytes / 2 * min(a.decode_chunk_size, a.num_frames) * pixels
         kib = CHUNKED_SAMPLING if a.gradient_checkpointing == "nested" else SAMPLING
-        sampling = (kib + BOXES_SAMPLING * (self.kind == "boxes")) * latents * half / 2 * 1024 / GIB
+        sampling = (kib + BOXES_SAMPLING * hasattr(a, "max_objects")) * latents * half / 2 * 1024 / GIB
         return Need(
             weights=(self.trained * own + (self.parameters - self.trained) * half) / GIB,
             optimizer=self.trained * (averages + 4 * a.use_ema) / GIB,
@@ -198,7 +198,6 @@ def cards(total):
 # arithmetic of a step beside that without recomputing (counted, LoRA at 1024x576x25), and what else a lever costs (judged:
 # the cache must be made first, bf16 weights are rounded, copies to the CPU and back take time)
 COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.37, "nested": 1.82}
-LESS = "Lower --num_frames, or --width and --height; or train a LoRA (train_svd_lora.py)."
 CACHE_COST, BF16_COST, OFFLOAD_COST = 1.08, 1.15, 1.25
 
 
@@ -243,11 +242,18 @@ def spelled(flags):
     return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
 
 
+def less(job):
+    """What to ask less of, where no lever helps: one sentence."""
+    half = " Pass --mixed_precision bf16, or fp16 before Ampere." * (job.args.mixed_precision == "no")
+    lora = "; or train a LoRA (train_svd_lora.py)" * (not hasattr(job.args, "lora_targets"))
+    return f"Lower --num_frames, or --width and --height{lora}.{half}"
+
+
 def advice(job, budget):
     """What to change so that it fits `budget` GiB: one sentence."""
     found = fit(job, budget)
     if found is None:
-        return LESS
+        return less(job)
     flags, need = found
     made = " (made by cache_latents.py)" if "latent_cache" in flags else ""
     return f"Add {spelled(flags)}{made}: then it needs {need.total:.1f} GiB."
@@ -292,8 +298,9 @@ def choose_policy(job, device):
         need = job.changed(gradient_checkpointing=policy).need()
         if need.total <= free:
             break
-    verdict = f"needs {need.total:.2f} of {free:.1f} GiB" + ", too much; going on" * (need.total > free)
-    logger.info("--gradient_checkpointing auto: %s, which %s", policy, verdict)
+    logger.info("--gradient_checkpointing auto: %s, which needs %.2f of %.1f GiB", policy, need.total, free)
+    if need.total > free:
+        logger.warning("that is too much; going on. %s", advice(job, free))
     return policy
 
 

@@ -66,7 +66,11 @@ def make_optimizer(parameters, args):
 
     how = {}
     if args.optimizer == "adamw":
-        optimizer_class, how = torch.optim.AdamW, {"fused": torch.cuda.is_available()}
+        # fused, it would see to overflows itself, and accelerate would not know of skipped steps
+        optimizer_class, how = (
+            torch.optim.AdamW,
+            {"fused": torch.cuda.is_available() and args.mixed_precision != "fp16"},
+        )
     else:
         if not importlib.util.find_spec("torchao"):
             raise ValueError(f"--optimizer {args.optimizer}: needs torchao. Run: pip install torchao")
@@ -89,16 +93,32 @@ def make_optimizer(parameters, args):
         weight_decay=args.adam_weight_decay, eps=epsilon, **how,
     )  # fmt: skip
     if args.optimizer == "adamw_bf16_sr":
-        optimizer.register_step_pre_hook(lambda optimizer, *_: seed_rounding(optimizer, args.seed))
+        optimizer.register_step_pre_hook(Rounding(args.seed))
     return optimizer
 
 
-def seed_rounding(optimizer, seed):
-    """Key the rounding's noise by (seed, step): all processes round alike, and a resumed run as one that never stopped."""
-    import torch
+class Rounding:
+    """Before each optimizer step: key the rounding's noise by (seed, step). All processes round alike, and a resumed run as
+    one that never stopped."""
 
-    done = max((int(state["step"]) for state in optimizer.state.values()), default=0)  # torchao counts on the CPU
-    torch.manual_seed(int(np.random.SeedSequence((seed, done)).generate_state(1, np.uint64)[0]))
+    def __init__(self, seed):
+        self.seed, self.done = seed, None
+
+    def __call__(self, optimizer, *_):
+        import torch
+
+        if self.done is None:  # once: it may be on a GPU
+            self.done = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.done)).generate_state(1, np.uint64)[0]))
+        self.done += 1
+
+
+def check_optimizer(args):
+    """Raise where --optimizer and the precision do not go together."""
+    if OPTIMIZERS[args.optimizer][0] == "bfloat16" and args.mixed_precision != "bf16":
+        raise ValueError(
+            f"--optimizer {args.optimizer}: needs --mixed_precision bf16; this run has {args.mixed_precision}"
+        )
 
 
 def record_args(accelerator, args):

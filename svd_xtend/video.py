@@ -41,7 +41,8 @@ def load_frame(path, width=None, height=None, resize_mode="crop"):
                 image.draft("RGB", (height, width) if turned else (width, height))  # JPEG: decode at a fitting 1/2^n
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(image if image.mode == "RGB" else to_rgb(image))
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
+    # Pillow raises all of them on damaged files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
     h, w = pixels.shape[:2]
     if not width or (w, h) == (width, height):

@@ -253,3 +253,31 @@ def test_a_run_reports_what_it_measured_beside_what_was_predicted(monkeypatch, c
         watch.report()
     assert steps == [5, 6]
     assert "at most 6.0 GiB in a step, 4.0 beside steps; 86." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "argv, error",
+    [
+        (["train.py"], "train.py: name the trainer first"),
+        (["train_svd.py", "--fit=24QB"], "24QB: expected a card's memory"),
+        (["train_svd.py", "--fit=0"], "0: expected a card's memory"),
+        (["train_svd.py", "--widht=64"], "--widht"),
+        (["train_svd.py", "--num_frames=0"], "--num_frames 0: must be at least 1"),
+        (["train_svd_lora.py", "--rank=-1"], "--rank -1: must be at least 1"),
+        (["train_svd.py", "--pretrained_model_name_or_path=/no/such"], "/no/such: no such folder"),
+        (["train_svd.py", "--optimizer=adamw_bf16_sr"], "needs --mixed_precision bf16"),
+        (["train_svd.py", "--offload_activations"], "--offload_activations: pass --gradient_checkpointing blocks"),
+    ],
+)
+def test_wrong_questions_are_one_clear_error(argv, error):
+    done = subprocess.run([sys.executable, "estimate_memory.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and error in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_cache_is_proposed_to_those_alone_who_can_use_it():
+    stages = [["--stage", str(i)] for i in (1, 2, 3)]
+    offers = [
+        any("latent_cache" in flags for _, flags, _ in memory.plans(job(*s, script="train_svd_tracklet.py")))
+        for s in stages
+    ]
+    assert offers == [False, False, True]

@@ -49,7 +49,7 @@ def test_rounding_is_up_or_down_and_right_on_average(torchao):
     """Ten steps of 1e-3 of bf16's spacing each move some weights by all of it, and their mean by what is asked."""
     p = torch.nn.Parameter(torch.ones(64, 1024, dtype=torch.bfloat16))
     rate = 2**-7 / 100
-    args = type("args", (), dict(optimizer="adamw_bf16_sr", learning_rate=rate, adam_beta1=0.9, adam_beta2=0.999,
+    args = type("args", (), dict(optimizer="adamw_bf16_sr", mixed_precision="bf16", learning_rate=rate, adam_beta1=0.9, adam_beta2=0.999,
                                  adam_weight_decay=0.0, adam_epsilon=1e-8, seed=1))  # fmt: skip
     optimizer = runs.make_optimizer([p], args)
     for _ in range(10):
@@ -73,3 +73,20 @@ def test_an_optimizer_without_its_library_is_one_clear_error(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(ValueError, match="^--optimizer adamw8bit: needs torchao. Run: pip install torchao"):
         run("--max_train_steps=1", "--optimizer=adamw8bit")
+
+
+def test_bf16_weights_need_bf16_arithmetic(run):
+    with pytest.raises(ValueError, match="^--optimizer adamw_bf16_sr: needs --mixed_precision bf16; this run has no"):
+        run("--max_train_steps=1", "--optimizer=adamw_bf16_sr", "--mixed_precision=no")
+
+
+def test_adamw_is_fused_on_a_gpu_but_leaves_overflows_to_fp16s_scaler(monkeypatch):
+    """accelerate learns that a step was skipped from its not being taken; a fused step is always taken, and skips inside."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = dict(optimizer="adamw", learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0,
+                adam_epsilon=None, seed=1)  # fmt: skip
+    for precision, fused in (("bf16", True), ("no", True), ("fp16", False)):
+        args = type("args", (), {**told, "mixed_precision": precision})
+        optimizer = runs.make_optimizer([torch.nn.Parameter(torch.ones(4))], args)
+        assert optimizer.defaults["fused"] == fused
+        assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
