@@ -27,27 +27,28 @@ def table(documents):
 
 
 def draw(documents, file):
-    """Bars of seconds by phase on the left, of memory on the right, a row of pictures for each measurement."""
+    """Bars of seconds by phase and, of a GPU, of memory beside them; a row of pictures for each measurement."""
     counts = [len(d["variants"]) for d in documents.values()]
-    size = (13, 1.2 * len(counts) + 0.36 * sum(counts))
-    figure, rows = plt.subplots(
-        len(counts), 2, figsize=size, squeeze=False, height_ratios=counts, layout="constrained"
-    )
-    for (seconds, memory), (name, document) in zip(rows, documents.items()):
+    measured = any(v["peak_GiB"] for d in documents.values() for v in d["variants"].values())
+    size = (13 if measured else 8, 1.2 * len(counts) + 0.36 * sum(counts))
+    figure, rows = plt.subplots(len(counts), 1 + measured, figsize=size, squeeze=False, height_ratios=counts, layout="constrained")  # fmt: skip
+    for (seconds, *memory), (name, document) in zip(rows, documents.items()):
         variants = dict(reversed(document["variants"].items()))
         left = [0.0] * len(variants)
-        for color, phase in enumerate(PHASES):
+        for phase in PHASES:
             widths = [v.get(phase, 0.0) for v in variants.values()]
-            seconds.barh(list(variants), widths, left=left, label=phase, color=f"C{color}")
+            seconds.barh(list(variants), widths, left=left, label=phase)
             left = [a + b for a, b in zip(left, widths)]
         seconds.set(title=f"{name}: {document['device']}, {document['precision']}", xlabel="seconds a step")
-        peaks = [v["peak_GiB"] if isinstance(v["peak_GiB"], float) else 0.0 for v in variants.values()]
-        memory.barh(list(variants), peaks, color="0.6")
-        for i, v in enumerate(variants.values()):
-            if v["peak_GiB"] == "out of memory":
-                memory.text(0, i, " out of memory", va="center")
-        memory.set(xlabel="peak, GiB (torch.cuda.max_memory_allocated)", yticklabels=[])
-    rows[0][0].legend(fontsize="small")
+        for axes in memory:
+            peaks = [v["peak_GiB"] if isinstance(v["peak_GiB"], float) else 0.0 for v in variants.values()]
+            axes.barh(list(variants), peaks, color="0.6")
+            for i, v in enumerate(variants.values()):
+                axes.text(0, i, " out of memory" * (v["peak_GiB"] == "out of memory"), va="center")
+            axes.set(xlabel="peak, GiB (torch.cuda.max_memory_allocated)", yticklabels=[])
+    figure.legend(
+        *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES), fontsize="small"
+    )
     figure.savefig(file, dpi=110)
 
 
