@@ -4,8 +4,9 @@
     python benchmarks/bench_step.py --model half --method lora               # SVD at half its width, random weights
     python benchmarks/bench_step.py --model full --width 1024 --height 576 --num_frames 25 --method lora --precision bf16
 
-Phases: VAE (the frames, and the noised first one), CLIP, the UNet's forward and backward, the optimizer; loading has a
-benchmark of its own. Physics: a step does about three forwards of arithmetic (one forward, two in backward), four when
+Phases: VAE (the frames, and the noised first one), CLIP, the UNet's forward and backward, the optimizer. `data` is what the
+loader takes for the batch, from JPEG of 1280x720 or from the cache and one frame; its processes do that beside the step, so
+it is not in s/step. Physics: a step does about three forwards of arithmetic (one forward, two in backward), four when
 activations are recomputed; with adapters only, two and three. What is neither attention nor a matrix product waits for
 memory. MFU: arithmetic of a step that recomputes nothing, beside what the GPU could do in that time.
 
@@ -227,6 +228,28 @@ def main(args):
     report(rows, device, args)
 
 
+def data_seconds(args):
+    """{live, cached: seconds} that one process takes to load a batch."""
+    import tempfile
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    import bench_loader
+
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder, "frames")
+        bench_loader.write_frames(base, "jpeg", args.num_frames)
+        reads = bench_loader.variants(base, Path(folder, "cache"), args.width, args.height, args.num_frames)
+        told = {}
+        for name, variant in (("live", "ours"), ("cached", "cached")):
+            seconds = []
+            for _ in range(4):
+                began = time.perf_counter()
+                reads[variant]()
+                seconds.append(time.perf_counter() - began)
+            told[name] = args.batch_size * statistics.median(seconds[1:])
+    return told
+
+
 def model_tflop(args):
     """TFLOP of a step that recomputes nothing, of SVD's own size; None of others."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -252,11 +275,11 @@ def report(rows, device, args):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.model} {args.method} {args.width}x{args.height}x{args.num_frames} batch {args.batch_size}, {args.precision}, {name}")  # fmt: skip
     phases = ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
-    first, tflop = next(iter(rows)), model_tflop(args)
+    first, tflop, data = next(iter(rows)), model_tflop(args), data_seconds(args)
     peak_tflops = next((t for card, t in PEAK_TFLOPS.items() if card in name), None)
     print(
         f"{'':30}{'s/step':>8}{'x faster':>9}"
-        + "".join(f"{p[:9]:>10}" for p in phases)
+        + "".join(f"{p[:9]:>10}" for p in (*phases, "data"))
         + f"{'peak GiB':>10}{'MFU':>7}"
     )
     document = {"device": name, "torch": torch.__version__, **vars(args), "tflop": tflop, "variants": {}}
@@ -269,10 +292,11 @@ def report(rows, device, args):
         base = [sum(seconds.values()) for seconds in rows[first]["rounds"]]
         told = {"seconds": statistics.median(totals), "peak_GiB": row["peak_GiB"], "predicted_step_GiB": predicted_peak(variant, args)}  # fmt: skip
         told |= {phase: statistics.median(s[phase] for s in row["rounds"]) for phase in phases}
+        told["data"] = data[VARIANTS[variant]["encode"]]
         told["x_faster"] = statistics.median(b / a for a, b in zip(totals, base)) if base else None
         told["mfu"] = tflop / told["seconds"] / peak_tflops if tflop and peak_tflops else None
         document["variants"][variant] = told
-        print(f"{variant:30}{told['seconds']:8.3f}{told['x_faster'] or float('nan'):9.2f}" + "".join(f"{told[p]:10.3f}" for p in phases)
+        print(f"{variant:30}{told['seconds']:8.3f}{told['x_faster'] or float('nan'):9.2f}" + "".join(f"{told[p]:10.3f}" for p in (*phases, "data"))
               + (f"{told['peak_GiB']:10.2f}" if told["peak_GiB"] else " " * 10) + (f"{told['mfu']:7.1%}" if told["mfu"] else ""))  # fmt: skip
     print(json.dumps(document))
 

@@ -1,12 +1,16 @@
 """The benchmarks' own instruments."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import count_step
 
 
@@ -18,3 +22,15 @@ def test_attention_counts_as_its_two_products_forward_and_five_backward():
         assert flops.get_total_flops() == 2 * product
         out.sum().backward()
     assert flops.get_total_flops() == 7 * product
+
+
+def test_a_step_is_measured_by_phase_and_its_parts_add_up():
+    flags = ["--rounds=1", "--num_frames=2", "--method=lora", "--only", "original", "ours"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/bench_step.py", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    variants = json.loads(done.stdout.splitlines()[-1])["variants"]
+    assert list(variants) == ["original", "ours"] and variants["original"]["x_faster"] == 1
+    for told in variants.values():
+        parts = [told[phase] for phase in ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")]
+        assert told["seconds"] == pytest.approx(sum(parts)) and told["data"] > 0
