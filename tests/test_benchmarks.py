@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import count_step
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_attention_counts_as_its_two_products_forward_and_five_backward():
