@@ -64,22 +64,18 @@ def make_optimizer(parameters, args):
     are gates, have no weight decay and a higher rate."""
     import torch
 
-    how = {}
     if args.optimizer == "adamw":
-        # fused, it would see to overflows itself, and accelerate would not know of skipped steps
-        optimizer_class, how = (
-            torch.optim.AdamW,
-            {"fused": torch.cuda.is_available() and args.mixed_precision != "fp16"},
-        )
+        # where fused it sees to overflows itself, and accelerate would not know of the steps that it skipped
+        fused = torch.cuda.is_available() and args.mixed_precision != "fp16"
+        optimizer_class, how = torch.optim.AdamW, {"fused": fused}
     else:
         if not importlib.util.find_spec("torchao"):
             raise ValueError(f"--optimizer {args.optimizer}: needs torchao. Run: pip install torchao")
         from torchao import optim
 
-        optimizer_class = optim.AdamW8bit
-        if (
-            args.optimizer == "adamw_bf16_sr"
-        ):  # private, but the only AdamW that rounds so; all public ones build on it
+        optimizer_class, how = optim.AdamW8bit, {}
+        if args.optimizer == "adamw_bf16_sr":
+            # private, but the only AdamW that rounds so; all public ones build on it
             optimizer_class, how = optim._AdamW, {"bf16_stochastic_round": True}
     gates = {
         "params": [p for p in parameters if p.ndim == 0],
