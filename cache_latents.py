@@ -12,7 +12,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from svd_xtend import cache, runs, video
+from svd_xtend import cache, fast_unet, runs, video
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 from train_svd import DummyDataset, base_folder, embed_image
@@ -79,7 +79,7 @@ def start(args):
     if Path(args.latent_cache, cache.INFO).exists():
         cache.check(args.latent_cache, pipe, *how)
     description = cache.describe(pipe, *how)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    half = fast_unet.dtype_of(accelerator.mixed_precision)
     place_encoders(pipe, half, accelerator.device)
     return accelerator, pipe, [frames for frames, _ in data.clips], description
 

@@ -117,7 +117,7 @@ def report(script, job):
         print(f"{component:16}{gib:8.2f} GiB   {remark}")
     print("\non a card of     it fits")
     for card in memory.CARDS:
-        found = ({}, need) if need.total <= card * memory.USABLE else memory.fit(job, card * memory.USABLE)
+        found = memory.fit(job, card * memory.USABLE)
         told = "no, with no lever" if found is None else "as it is"
         if found and found[0]:
             told = f"with {memory.spelled(found[0])}: {found[1].total:.1f} GiB"

@@ -39,10 +39,7 @@ def variants(half):
         unet = copy.deepcopy(base)
         made[f"boxes, enhancer {enhancer}"] = ControlledUNet(unet, new_boxes(unet, enhancer=enhancer)), clip
     for model, _ in made.values() if half else []:
-        for p in model.parameters():
-            p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
-        fast_unet.cast_inputs(getattr(model, "unet", model), torch.bfloat16)
-        fast_unet.compute_in(model, torch.bfloat16)
+        fast_unet.train_in(model, getattr(model, "unet", model), torch.bfloat16, torch.float32)
     return made
 
 

@@ -85,14 +85,10 @@ def place(pipe, unet, precision, device, encoders=True, master="float32"):
     where `precision` is fp16 or bf16. Returns the trained parameters."""
     import torch
 
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    for p in unet.parameters():
-        p.data = p.data.to(device, getattr(torch, master) if p.requires_grad else half)
-    for buffer in unet.buffers():
-        buffer.data = buffer.data.to(device)
-    if half != torch.float32:
-        fast_unet.cast_inputs(pipe.unet, half)
-        fast_unet.compute_in(unet, half)
+    half = fast_unet.dtype_of(precision)
+    fast_unet.train_in(unet, pipe.unet, half, getattr(torch, master))
+    for tensor in [*unet.parameters(), *unet.buffers()]:
+        tensor.data = tensor.data.to(device)
     place_encoders(pipe, half, device, encoders)
     return list(trainable_parameters(unet).values())
 

@@ -113,6 +113,24 @@ def blend(mixer, x_spatial, x_temporal, image_only_indicator=None):
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
+def dtype_of(precision):
+    """What is frozen is kept in, and layers compute in, at precision no, fp16 or bf16."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+
+
+def train_in(model, unet, dtype, master):
+    """Keep what trains in `master`, the rest in `dtype`, and let all compute in that. model: the UNet, or what holds it."""
+    import torch
+
+    for p in model.parameters():
+        p.data = p.data.to(master if p.requires_grad else dtype)
+    if dtype != torch.float32:
+        cast_inputs(unet, dtype)
+        compute_in(model, dtype)
+
+
 def compute_in(unet, dtype):
     """Let all layers compute in `dtype` (half precision), as inference does. Parameters keep their own: those that train in
     float32 are cast on their way in. Autocast would run every norm in float32, at 1.35 times the memory."""

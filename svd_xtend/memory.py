@@ -93,15 +93,16 @@ def step_of_table(kind, policy, offload, tokens, master, precision):
 
 @dataclass
 class Need:
-    """GiB by component. The first three are there all the time; of the last three, each at its own time."""
+    """GiB by component. The first three are there all the time; `gradients` are part of `step`, and that, encoding and
+    validation have each their own time."""
 
     weights: float
     optimizer: float
     encoders: float
+    gradients: float
     step: float
     encoding: float
     validation: float
-    gradients: float
 
     @property
     def peak(self):
@@ -160,12 +161,12 @@ class Job:
         step = self.step() if step is None else step
         if step is None:
             return None
-        gradients = self.trained * (2 if OPTIMIZERS[a.optimizer][0] == "bfloat16" else 4) / GIB
+        master, averages, _ = OPTIMIZERS[a.optimizer]
+        own = 2 if master == "bfloat16" else 4
+        gradients = self.trained * own / GIB
         if a.gradient_accumulation_steps > 1:
             step += gradients  # at most: the second batch's activations are made beside the first one's gradients
         half = 4 if a.mixed_precision == "no" else 2
-        master, averages, _ = OPTIMIZERS[a.optimizer]
-        own = 2 if master == "bfloat16" else 4
         vae, vae_encoder, clip = self.encoders
         vae_bytes = 2 if a.mixed_precision == "bf16" else 4  # fp16: SVD's VAE is kept out of it
         at_hand = (vae * vae_bytes + clip * half) / GIB
@@ -230,10 +231,10 @@ def fit(job, budget):
     for validations in (chunks, [{"validation_steps": 0}]):
         for _, flags, plan in plans(job):
             step = plan.step()
-            for less in validations if step is not None else []:
-                need = plan.changed(**less).need(step)
+            for smaller in validations if step is not None else []:
+                need = plan.changed(**smaller).need(step)
                 if need.total <= budget:
-                    return {**flags, **less}, need
+                    return {**flags, **smaller}, need
     return None
 
 
@@ -428,13 +429,8 @@ def fake_model(config, prepare, args, policy, master="float32"):
     unet = fast_unet.speed_up(UNetSpatioTemporalConditionModel.from_config(config).requires_grad_(False))
     with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):  # peft; nothing has to move
         model = prepare(unet, told)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
-    for p in model.parameters():
-        p.data = p.data.to(getattr(torch, master) if p.requires_grad else half)
     fast_unet.checkpoint(model, policy)
-    if half != torch.float32:
-        fast_unet.cast_inputs(unet, half)
-        fast_unet.compute_in(model, half)
+    fast_unet.train_in(model, unet, fast_unet.dtype_of(args.mixed_precision), getattr(torch, master))
     return unet, model.train()
 
 

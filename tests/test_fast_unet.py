@@ -142,10 +142,8 @@ def test_a_run_under_checkpointing_has_the_same_losses_and_gradients(run, tmp_pa
 def half_of(unet, dtype):
     """A copy whose frozen weights are in `dtype`, which computes in it."""
     unet = fast_unet.speed_up(copy.deepcopy(unet))
-    for p in unet.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
-    fast_unet.cast_inputs(unet, dtype)
-    return fast_unet.compute_in(unet, dtype)
+    fast_unet.train_in(unet, unet, dtype, torch.float32)
+    return unet
 
 
 BF16, FP16 = (torch.bfloat16, 2e-3, 0.99), (torch.float16, 3e-4, 0.9999)  # how far off they may be
