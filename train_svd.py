@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import cache, checkpoints, fast_unet, memory, runs, video
+from svd_xtend import cache, checkpoints, fast_unet, memory, processes, runs, video
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 
@@ -306,28 +306,17 @@ def export(pipe, unet, args):
 
 def start(args):
     """Check precision and resume point, settle the seed; returns (accelerator, checkpoint folder or None)."""
-    from datetime import timedelta
-
     import torch
-    from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import broadcast_object_list
 
-    # the others wait while one validates; layers compute in half precision without autocast, see fast_unet.compute_in
-    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=6)), AutocastKwargs(enabled=False)]
-    handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))  # else gradients are there twice
-    accelerator = Accelerator(
-        mixed_precision=runs.check_precision(args.mixed_precision),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=Path(args.output_dir, "logs"),
-        kwargs_handlers=handlers,
-    )
+    accelerator = processes.connect(args)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    args.mixed_precision = accelerator.mixed_precision
-    runs.check_optimizer(args)
-    checkpoint = checkpoints.pick_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = None
+    if accelerator.is_main_process:  # it alone reads all of them
+        checkpoint = checkpoints.pick_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    (checkpoint,) = broadcast_object_list([checkpoint])
     if checkpoint:
         seed = checkpoints.read_progress(checkpoint)["seed"]
         if args.seed not in (None, seed):
@@ -337,7 +326,7 @@ def start(args):
     if args.seed is None:  # the same one on every process
         args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
     logger.info("seed %d, log sigma ~ N(%g, %g^2), precision %s, %s, %d process(es)", args.seed, args.P_mean,
-                args.P_std, accelerator.mixed_precision, accelerator.device, accelerator.num_processes)  # fmt: skip
+                args.P_std, args.mixed_precision, accelerator.device, accelerator.num_processes)  # fmt: skip
     return accelerator, checkpoint
 
 
@@ -370,9 +359,9 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     loss = fast_unet.offloaded(unet, loss) if args.offload_activations else loss
     watch = memory.Watch(args, unet, prepare_unet, pipe, device)
     fast_unet.checkpoint(fast_unet.compile_blocks(unet) if args.compile else unet, args.gradient_checkpointing)
-    cache.check(args.latent_cache, pipe, accelerator.mixed_precision, args.width, args.height, args.resize_mode)
+    cache.check(args.latent_cache, pipe, args.mixed_precision, args.width, args.height, args.resize_mode)
     master, *_ = runs.OPTIMIZERS[args.optimizer]
-    trained = checkpoints.place(pipe, unet, accelerator.mixed_precision, device, not args.latent_cache, master)
+    trained = checkpoints.place(pipe, unet, args.mixed_precision, device, not args.latent_cache, master)
 
     # data
     with accelerator.main_process_first():
@@ -392,20 +381,23 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
     # optimizer
     optimizer = runs.make_optimizer(trained, args)
+    model, optimizer, trained = processes.prepare(accelerator, unet, optimizer, args)
     schedule = get_scheduler(
-        args.lr_scheduler.replace("constant", "constant_with_warmup"), optimizer,
+        args.lr_scheduler.replace("constant", "constant_with_warmup"), processes.torch_optimizer(optimizer),
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
     )  # fmt: skip
     ema = EMAModel([p.float() for p in trained], decay=0.9999) if args.use_ema else None
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    checkpoints.add_hooks(accelerator, schedule, ema)
+    saver = checkpoints.Saver(
+        accelerator, args.output_dir, args.checkpoints_total_limit, unet, optimizer, schedule, ema
+    )
 
     def look(step):
         clips = []
-        if accelerator.is_main_process:
-            with torch.no_grad(), runs.averaged(ema, trained), checkpoints.at_hand(pipe, device):
-                clips = validate(pipe, unet, step, args)
-            runs.log_videos(accelerator, args.output_dir, step, [name for name, *_ in clips])
+        with torch.no_grad(), runs.averaged(ema, trained), processes.whole(accelerator, unet):
+            if accelerator.is_main_process:
+                with checkpoints.at_hand(pipe, device):
+                    clips = validate(pipe, unet, step, args)
+                runs.log_videos(accelerator, args.output_dir, step, [name for name, *_ in clips])
         accelerator.wait_for_everyone()
         return clips
 
@@ -413,18 +405,18 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     before = look(0) if args.validation_steps else []
     progress = {"step": 0, "samples": 0, "seed": args.seed}
     if checkpoint:
-        progress = checkpoints.resume(accelerator, checkpoint, args.output_dir, optimizer, schedule)
+        progress = saver.resume(checkpoint)
         logger.info("resumed from %s", checkpoint)
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=SampleIndices(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
         num_workers=args.num_workers, pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
         worker_init_fn=runs.ignore_signals,
     )  # fmt: skip
-    batches, failed, first, saved = iter(loader), 0, progress["step"], progress["step"]
+    batches, failed, first = iter(loader), 0, progress["step"]
     metrics = runs.Metrics(args.output_dir, first) if accelerator.is_main_process else None
     bar = tqdm(initial=first, total=args.max_train_steps, disable=not accelerator.is_main_process)
 
-    with runs.Signals() as signals:
+    with runs.Signals() as signals, saver:
         for step in range(first + 1, args.max_train_steps + 1):
             began, sums = watch.begin_step(), torch.zeros(4, device=device)
             for _ in range(args.gradient_accumulation_steps):
@@ -448,8 +440,9 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
             progress = {"step": step, "samples": progress["samples"] + step_samples, "seed": args.seed}
             failed += new_failed
-            runs.check_step(step, mean_loss, norm, skipped, lr, saved)
+            runs.check_step(step, mean_loss, norm, skipped, lr, saver.step)
             runs.check_reading(failed, (step - first) * step_samples)
+            saver.check()
             if accelerator.is_main_process:
                 row = metrics.write(step, mean_loss, lr, norm, time.perf_counter() - began, watch.end_step())
                 bar.update()
@@ -459,9 +452,9 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
             last = stop or step == args.max_train_steps
             if last or step % args.checkpointing_steps == 0:
-                checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-                saved = step
+                saver.save(progress)
             if stop:
+                saver.finish()
                 logger.warning("stopped at step %d; the same command goes on from there", step)
                 accelerator.end_training()
                 sys.exit(143)
@@ -469,12 +462,13 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                 look(step)
     bar.close()
     after = look(args.max_train_steps) if args.validation_steps else []
+    with runs.averaged(ema, trained), processes.whole(accelerator, unet):
+        if accelerator.is_main_process:
+            export(pipe, unet, args)
     if accelerator.is_main_process:
         if after:
             rows = [{"init image": i, "before": b, "after": a} for (_, i, b), (*_, a) in zip(before, after)]
             video.write_comparison(Path(args.output_dir, "comparison"), rows, args.fps)
-        with runs.averaged(ema, trained):
-            export(pipe, unet, args)
         if args.push_to_hub:
             runs.push_to_hub(args)
         watch.report()

@@ -31,6 +31,7 @@ import torch
 
 import train_svd
 from svd_xtend import fast_unet, memory, runs
+from svd_xtend import checkpoints
 from svd_xtend.checkpoints import load_svd
 from svd_xtend.lora import inject_lora
 from svd_xtend.tiny import TINY_SVD
@@ -113,10 +114,10 @@ def make_unet(stock, how, args, optimizers):
     if not how["autocast"] and half != torch.float32:
         fast_unet.cast_inputs(unet, half)
         fast_unet.compute_in(unet, half)
-    trained = [p for p in unet.parameters() if p.requires_grad]
+    trained = checkpoints.trainable_parameters(unet)
     told = SimpleNamespace(optimizer=how["optimizer"], mixed_precision=args.precision, learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999,
                            adam_weight_decay=0.01, adam_epsilon=None, seed=0)  # fmt: skip
-    key = id(trained[0]), how["optimizer"]
+    key = id(next(iter(trained.values()))), how["optimizer"]
     optimizers[key] = optimizers.get(key) or runs.make_optimizer(trained, told)
     return unet.train(), optimizers[key]
 

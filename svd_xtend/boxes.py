@@ -231,6 +231,8 @@ class BoxAdapter(nn.Module):
                 for path, (channels, heads) in blocks.items()
             }
         )
+        for p in self.parameters():
+            p.data = p.data.reshape(1) if p.ndim == 0 else p.data  # gates: FSDP2 does not shard scalars
         self.control = self.current = self.parts = None
         self.replaced = {}  # {name: value before} of the UNet's parameters that were trained with it and came along
         self.enabled, self.box_guidance_scale, self.hooks, self.unet = True, 1.0, [], []
@@ -400,7 +402,8 @@ def public_name(name):
 def save_boxes(adapter, folder, unet_parameters=None):
     """Write `folder`/tracklet_weights.safetensors: the adapter, its configuration, and UNet parameters trained with it
     ({name: tensor}, under the prefix `unet.`)."""
-    tensors = {public_name(k): v for k, v in adapter.state_dict().items()}
+    # not state_dict, which under FSDP2 gives each process its part
+    tensors = {public_name(k): v for k, v in adapter.named_parameters()}
     tensors |= {f"unet.{k}": v for k, v in (unet_parameters or {}).items()}
     write(tensors, {"format": "pt", "box_adapter": json.dumps(adapter.config)}, folder, torch.float32)
 
@@ -418,7 +421,7 @@ def read(file):
         raise ValueError(f"--tracklet_weights {file}: no such file")
     try:
         with safe_open(file, "pt") as f:
-            metadata, tensors = f.metadata() or {}, {key: f.get_tensor(key).float() for key in f.keys()}
+            metadata, tensors = f.metadata() or {}, {key: torch.atleast_1d(f.get_tensor(key).float()) for key in f.keys()}
     except SafetensorError as error:
         raise ValueError(f"--tracklet_weights {file}: damaged or not safetensors ({error})") from error
     if "box_adapter" not in metadata:

@@ -3,20 +3,27 @@
 <output_dir>/checkpoint-1000/
     trained.safetensors   the trained parameters by name (float32), and nothing else
     ema.safetensors       their moving averages, with --use_ema
-    progress.json         step, samples, seed
-    ...                   optimizer, scheduler, scaler: accelerate's own files
+    state.pt              optimizer by parameter name, schedule, fp16's scaler
+    progress.json         step, samples, seed; size and digest of the files beside it
+
+The same files whatever engine ran on however many processes; written in the background, by the main process.
 """
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
-from svd_xtend import fast_unet
+from svd_xtend import fast_unet, processes
 
-TRAINED, EMA, PROGRESS = "trained.safetensors", "ema.safetensors", "progress.json"
+logger = logging.getLogger("svd_xtend")
+
+TRAINED, EMA, STATE, PROGRESS = "trained.safetensors", "ema.safetensors", "state.pt", "progress.json"
 
 
 # ----------------------------------------------------------------------------------------------------------- load SVD
@@ -82,7 +89,7 @@ def trainable_parameters(model):
 
 def place(pipe, unet, precision, device, encoders=True, master="float32"):
     """Move all to `device`: trained parameters in `master` precision; what is frozen, and all that is computed, in half
-    where `precision` is fp16 or bf16. Returns the trained parameters."""
+    where `precision` is fp16 or bf16. Returns {name: parameter} of what trains."""
     import torch
 
     half = fast_unet.dtype_of(precision)
@@ -90,7 +97,7 @@ def place(pipe, unet, precision, device, encoders=True, master="float32"):
     for tensor in [*unet.parameters(), *unet.buffers()]:
         tensor.data = tensor.data.to(device)
     place_encoders(pipe, half, device, encoders)
-    return list(trainable_parameters(unet).values())
+    return trainable_parameters(unet)
 
 
 def place_encoders(pipe, half, device, whole=True):
@@ -129,7 +136,7 @@ def load_trained(model, file):
         if name not in own or own[name].shape != tensor.shape:
             found = f"of shape {tuple(own[name].shape)}" if name in own else "not there"
             raise ValueError(f"{file}: holds {name} {tuple(tensor.shape)}, which in this model is {found}")
-        own[name].data.copy_(tensor)
+        own[name].data.copy_(processes.spread(tensor, own[name]))
     return list(tensors)
 
 
@@ -140,22 +147,26 @@ def save_tensors(tensors, file):
     save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, file)
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------- find a checkpoint
 
 
 def find_checkpoints(output_dir):
-    """Whole checkpoints, oldest first. Half-written ones have another name; a folder without its progress is not one."""
+    """Checkpoints, oldest first. Half-written ones have another name; a folder without its progress is not one."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted((p for p in found if (p / PROGRESS).exists()), key=lambda p: int(p.name.split("-")[1]))
 
 
 def pick_checkpoint(choice, output_dir):
-    """The folder that --resume_from_checkpoint means: `latest` (None where there is none), `none`, or a path."""
-    whole = find_checkpoints(output_dir)
+    """The folder that --resume_from_checkpoint means: `latest` (None where there is none), `none`, or a path. Whole ones
+    only: `latest` goes past others, and says so; a path to one is an error."""
     if choice == "latest":
-        return whole[-1] if whole else None
+        for folder in reversed(find_checkpoints(output_dir)):
+            if not (wrong := damage(folder)):
+                return folder
+            logger.warning("%s is passed over: %s", folder, wrong)
+        return None
     if choice == "none":
-        if whole:
+        if whole := find_checkpoints(output_dir):
             raise ValueError(
                 f"--resume_from_checkpoint none: {output_dir} holds {whole[-1].name} of an earlier run. Choose another "
                 "--output_dir, or delete the checkpoints."
@@ -163,98 +174,181 @@ def pick_checkpoint(choice, output_dir):
         return None
     for folder in (Path(choice), Path(output_dir, choice)):
         if (folder / PROGRESS).exists():
+            if wrong := damage(folder):
+                raise ValueError(f"--resume_from_checkpoint {folder}: {wrong}")
             return folder
     raise ValueError(f"--resume_from_checkpoint {choice}: no whole checkpoint there (a folder with {PROGRESS})")
 
 
 def read_progress(folder):
     """{"step", "samples", "seed"} of a checkpoint."""
-    return json.loads(Path(folder, PROGRESS).read_text())
+    told = json.loads(Path(folder, PROGRESS).read_text())
+    return {key: told[key] for key in ("step", "samples", "seed")}
 
 
-class AveragedSteps:
-    """What accelerate keeps of an EMAModel: its count of steps. The averages themselves are in ema.safetensors."""
+def damage(folder):
+    """What is wrong with a checkpoint, beginning with the file; None where it is as it was written."""
+    try:
+        read_progress(folder)
+        files = json.loads(Path(folder, PROGRESS).read_text())["files"]
+        for name, (size, digest) in files.items():
+            found = Path(folder, name).stat().st_size
+            if found != size:
+                return f"{name} is cut short or was changed: {found} of {size} bytes"
+            if digest_of(Path(folder, name)) != digest:
+                return f"{name} is corrupt: it is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{PROGRESS} cannot be read ({error!r})"
 
-    def __init__(self, ema):
-        self.ema = ema
 
-    def state_dict(self):
-        return {"optimization_step": self.ema.optimization_step}
+def digest_of(file):
+    """What tells a file from a corrupt one."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as f:
+        while part := f.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
-    def load_state_dict(self, state):
-        self.ema.optimization_step = state["optimization_step"]
+
+# ------------------------------------------------------------------------------------------------------ save and resume
 
 
-def add_hooks(accelerator, schedule, ema):
-    """Have accelerate's save_state and load_state keep the trained parameters by name instead of the whole model."""
-    from safetensors.torch import load_file
+class Saver:
+    """Saves and resumes one run.
 
-    def save(models, weights, folder):
-        weights.clear()  # accelerate then writes no model file
-        if accelerator.is_main_process:
-            named = trainable_parameters(accelerator.unwrap_model(models[0]))
-            save_tensors(named, Path(folder, TRAINED))
-            if ema:
-                save_tensors(dict(zip(named, ema.shadow_params)), Path(folder, EMA))
+    `save` waits only for a copy in the CPU's memory; the main process then writes it in a thread. Leaving the context
+    waits for that. `step` is that of the last checkpoint that is whole on disk."""
 
-    def load(models, folder):
-        model = accelerator.unwrap_model(models.pop())
-        if set(load_trained(model, Path(folder, TRAINED))) != trainable_parameters(model).keys():
+    def __init__(self, accelerator, output_dir, limit, unet, optimizer, schedule, ema):
+        self.accelerator, self.output_dir, self.limit = accelerator, Path(output_dir), limit
+        self.unet, self.optimizer, self.schedule, self.ema = unet, optimizer, schedule, ema
+        self.step, self.thread, self.error = 0, None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.finish()
+        else:
+            self.join()
+
+    def join(self):
+        """Wait for the thread."""
+        if self.thread:
+            self.thread.join()
+
+    def finish(self):
+        """Wait until what was saved is on disk; all processes do."""
+        self.join()
+        self.check()
+        self.accelerator.wait_for_everyone()
+
+    def check(self):
+        """Raise where the last checkpoint could not be written; what was whole before still is."""
+        if self.error:
+            raise OSError(
+                f"--output_dir {self.output_dir}: a checkpoint could not be written ({self.error}). Make room, or choose "
+                "another folder; the same command goes on from the last checkpoint, "
+                + (f"that of step {self.step}." if self.step else "of which there is none yet.")
+            ) from self.error
+
+    def save(self, progress):
+        """Begin to write checkpoint-<step>. All processes call it; it waits for the one before."""
+        self.join()
+        self.check()
+        files = self.snapshot()
+        if self.accelerator.is_main_process:
+            self.thread = threading.Thread(target=self.write, args=(files, progress), name="checkpoint")
+            self.thread.start()
+
+    def snapshot(self):
+        """{file name: what goes into it}, copies in the CPU's memory; on other processes nothing of any size."""
+        keep, named = self.accelerator.is_main_process, trainable_parameters(self.unet)
+        files = {TRAINED: {name: processes.collect(p, keep) for name, p in named.items()}}
+        scaler, state = self.accelerator.scaler, {"schedule": self.schedule.state_dict()}
+        state["optimizer"] = {n: processes.optimizer_state(self.optimizer, p, keep) for n, p in named.items()}
+        state["scaler"] = scaler.state_dict() if scaler else None
+        if self.ema:
+            state["averaged_steps"] = self.ema.optimization_step
+            files[EMA] = {name: processes.collect(p, keep) for name, p in zip(named, self.ema.shadow_params)}
+        return {**files, STATE: state}
+
+    def write(self, files, progress):
+        """Write all under a temporary name, flush it to disk, rename it, then delete what `limit` no longer keeps. A run
+        killed in here leaves the checkpoint before untouched."""
+        final = self.output_dir / f"checkpoint-{progress['step']}"
+        partial = final.with_name(f"partial-{final.name}")
+        try:
+            for leftover in self.output_dir.glob("partial-*"):  # of saves that were killed
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+            for name, content in files.items():
+                save_state(content, partial / name) if name == STATE else save_tensors(content, partial / name)
+            told = {name: [(partial / name).stat().st_size, digest_of(partial / name)] for name in files}
+            (partial / PROGRESS).write_text(json.dumps({**progress, "files": told}))
+            flush(*partial.iterdir(), partial)
+            if final.exists():  # damaged: a run resumes before it only then
+                final.rename(final.with_name(f"partial-replaced-{final.name}"))
+            partial.rename(final)
+            flush(self.output_dir)
+            self.step = progress["step"]
+            shutil.rmtree(final.with_name(f"partial-replaced-{final.name}"), ignore_errors=True)
+            for old in find_checkpoints(self.output_dir)[: -self.limit if self.limit else 0]:
+                if old != final:
+                    shutil.rmtree(old)
+        except Exception as error:  # whatever it is, it is the loop's to raise
+            self.error = error
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def resume(self, folder):
+        """Load a checkpoint's state; returns its progress. Learning rate, schedule and Adam's flags are this run's, which
+        may differ from those that it was saved under. Checkpoints of later steps are set aside."""
+        import torch
+        from safetensors.torch import load_file
+
+        named, state = trainable_parameters(self.unet), torch.load(folder / STATE, mmap=True, weights_only=True)
+        if set(load_trained(self.unet, folder / TRAINED)) != named.keys() or bool(self.ema) != (folder / EMA).exists():
             raise ValueError(
                 f"--resume_from_checkpoint {folder}: does not hold what this run trains. Give the flags that it was "
                 "trained with, or another --output_dir."
             )
-        if ema:
-            averages = load_file(Path(folder, EMA))
-            for name, shadow in zip(trainable_parameters(model), ema.shadow_params):
-                shadow.data.copy_(averages[name])
-
-    accelerator.register_for_checkpointing(schedule, *([AveragedSteps(ema)] if ema else []))
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def resume(accelerator, folder, output_dir, optimizer, schedule):
-    """Load a checkpoint's state; returns its progress. Learning rate, schedule and Adam's flags are this run's, which may
-    differ from those that the checkpoint was saved under. Checkpoints of later steps are set aside."""
-    flags = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    accelerator.load_state(str(folder))
-    accelerator.step = 0  # of gradient accumulation, whose length may have changed
-    schedule.base_lrs = [own["initial_lr"] for own in flags]
-    for group, own, factor in zip(optimizer.param_groups, flags, schedule.lr_lambdas):
-        group.update(own, lr=own["initial_lr"] * factor(schedule.last_epoch))
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-    progress = read_progress(folder)
-    if accelerator.is_main_process:
-        for later in find_checkpoints(output_dir):
-            if read_progress(later)["step"] > progress["step"]:
-                later.rename(later.with_name(f"abandoned-{later.name}"))
-    return progress
+        processes.load_optimizer_states(self.optimizer, {named[n]: s for n, s in state["optimizer"].items()})
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.optimization_step = state["averaged_steps"]
+            for shadow, average in zip(self.ema.shadow_params, map(load_file(folder / EMA).get, named)):
+                shadow.data.copy_(processes.spread(average, shadow))
+        own_rates = self.schedule.base_lrs
+        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.base_lrs = own_rates
+        groups = processes.torch_optimizer(self.optimizer).param_groups
+        for group, base, factor in zip(groups, own_rates, self.schedule.lr_lambdas):
+            rate = base * factor(self.schedule.last_epoch)
+            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate  # torchao insists on tensors
+        self.schedule._last_lr = [group["lr"] for group in groups]
+        progress = read_progress(folder)
+        self.step = progress["step"]
+        if self.accelerator.is_main_process:
+            for later in find_checkpoints(self.output_dir):
+                if int(later.name.split("-")[1]) > self.step:
+                    later.rename(later.with_name(f"abandoned-{later.name}"))
+        return progress
 
 
-def save_checkpoint(accelerator, output_dir, progress, limit=None):
-    """Write checkpoint-<step> under a temporary name, flush it to disk, rename it, then delete what `limit` no longer
-    keeps. All processes call it. A run killed in here leaves the checkpoint before untouched."""
-    final = Path(output_dir, f"checkpoint-{progress['step']}")
-    partial = final.with_name(f"partial-{final.name}")
-    if accelerator.is_main_process:
-        for leftover in Path(output_dir).glob("partial-*"):  # of saves that were killed
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / PROGRESS).write_text(json.dumps(progress))
-        for file in [*partial.iterdir(), partial]:
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        if final.exists():  # a resumed run reaches the same step again
-            final.rename(final.with_name(f"partial-replaced-{final.name}"))
-        partial.rename(final)
-        shutil.rmtree(final.with_name(f"partial-replaced-{final.name}"), ignore_errors=True)
-        for old in find_checkpoints(output_dir)[: -limit if limit else 0]:
-            if old != final:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
+def save_state(state, file):
+    """Write what is not weights."""
+    import torch
+
+    torch.save(state, file)
+
+
+def flush(*paths):
+    """Have files, and folders' lists of names, on disk before going on."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

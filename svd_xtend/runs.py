@@ -59,9 +59,9 @@ OPTIMIZERS = {  # what trained weights are kept in; bytes a parameter of the opt
 }
 
 
-def make_optimizer(parameters, args):
-    """AdamW: torch's, or torchao's with averages of 8 bit, or in bf16 throughout with stochastic rounding. Scalars, which
-    are gates, have no weight decay and a higher rate."""
+def make_optimizer(named, args):
+    """AdamW on {name: parameter}: torch's, or torchao's with averages of 8 bit, or in bf16 throughout with stochastic
+    rounding. Gates, whose names have `alpha_`, have no weight decay and a higher rate."""
     import torch
 
     if args.optimizer == "adamw":
@@ -78,12 +78,13 @@ def make_optimizer(parameters, args):
             # private, but the only AdamW that rounds so; all public ones build on it
             optimizer_class, how = optim._AdamW, {"bf16_stochastic_round": True}
     gates = {
-        "params": [p for p in parameters if p.ndim == 0],
+        "params": [p for name, p in named.items() if "alpha_" in name],
         "lr": GATE_RATE * args.learning_rate,
         "weight_decay": 0.0,
     }
     epsilon = OPTIMIZERS[args.optimizer][2] if args.adam_epsilon is None else args.adam_epsilon
-    groups = [{"params": [p for p in parameters if p.ndim]}] + [gates] * bool(gates["params"])
+    rest = {"params": [p for name, p in named.items() if "alpha_" not in name]}
+    groups = [rest] + [gates] * bool(gates["params"])
     optimizer = optimizer_class(
         groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay, eps=epsilon, **how,

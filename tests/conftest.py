@@ -11,6 +11,7 @@ import torch
 import train_svd
 import train_svd_lora
 import train_svd_tracklet
+from svd_xtend import runs
 from svd_xtend.checkpoints import load_svd
 from svd_xtend.shapes import write_clips
 from svd_xtend.tiny import TINY_SVD
@@ -72,3 +73,12 @@ def run(clips, boxed_clips, tmp_path):
 
     yield go
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The torch optimizers that runs in this process make, in a list."""
+    made = []
+    make = runs.make_optimizer
+    monkeypatch.setattr(runs, "make_optimizer", lambda *how: made.append(make(*how)) or made[-1])
+    return made

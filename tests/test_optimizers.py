@@ -51,7 +51,7 @@ def test_rounding_is_up_or_down_and_right_on_average(torchao):
     rate = 2**-7 / 100
     args = type("args", (), dict(optimizer="adamw_bf16_sr", mixed_precision="bf16", learning_rate=rate, adam_beta1=0.9, adam_beta2=0.999,
                                  adam_weight_decay=0.0, adam_epsilon=1e-8, seed=1))  # fmt: skip
-    optimizer = runs.make_optimizer([p], args)
+    optimizer = runs.make_optimizer({"p": p}, args)
     for _ in range(10):
         p.grad = -torch.ones_like(p)
         optimizer.step()
@@ -87,6 +87,6 @@ def test_adamw_is_fused_on_a_gpu_but_leaves_overflows_to_fp16s_scaler(monkeypatc
                 adam_epsilon=None, seed=1)  # fmt: skip
     for precision, fused in (("bf16", True), ("no", True), ("fp16", False)):
         args = type("args", (), {**told, "mixed_precision": precision})
-        optimizer = runs.make_optimizer([torch.nn.Parameter(torch.ones(4))], args)
+        optimizer = runs.make_optimizer({"p": torch.nn.Parameter(torch.ones(4))}, args)
         assert optimizer.defaults["fused"] == fused
         assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused

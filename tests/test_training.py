@@ -133,12 +133,12 @@ def test_going_back_sets_later_checkpoints_aside(run):
     assert (out / "abandoned-checkpoint-3").is_dir()
 
 
-def test_a_resumed_run_has_the_learning_rate_and_adams_flags_that_it_is_given(run):
+def test_a_resumed_run_has_the_learning_rate_and_adams_flags_that_it_is_given(run, optimizers):
     out = run("--max_train_steps=2", *SMALL, "--learning_rate=1e-3")
     run("--max_train_steps=4", *SMALL, "--learning_rate=1e-5", "--adam_beta1=0.5", "--adam_weight_decay=0.3")
     rates = [json.loads(line)["lr"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
-    group = torch.load(out / "checkpoint-4" / "optimizer.bin", weights_only=False)["param_groups"][0]
+    (group,) = optimizers[-1].param_groups
     assert group["betas"][0] == 0.5 and group["weight_decay"] == 0.3 and group["lr"] == pytest.approx(1e-5)
 
 
@@ -177,7 +177,7 @@ def test_a_save_that_dies_leaves_the_last_checkpoint_whole(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_tensors", no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="^--output_dir .*No space left on device.*goes on from .* that of step 1"):
         run("--max_train_steps=2", *SMALL, "--checkpoints_total_limit=1")
     assert [p.name for p in find_checkpoints(out)] == ["checkpoint-1"]
     assert_same(trained(out, 1), before)

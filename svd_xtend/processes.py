@@ -1,0 +1,218 @@
+"""Many processes, one run: DDP, FSDP2 or DeepSpeed ZeRO-2 splits the work, as configs/accelerate/ says; one fails, all end.
+
+    accelerator = connect(args)
+    model, optimizer, trained = prepare(accelerator, unet, optimizer, args)
+    with whole(accelerator, unet): ...          # under FSDP2 all weights on every GPU: one process may run the model alone
+
+Checkpoints ask here for tensors as one process would have them, and hand them back: an engine's own format never
+reaches the disk, so that what one engine saved any other resumes.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+
+from svd_xtend import runs
+
+logger = logging.getLogger("svd_xtend")
+
+SHARDED = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel", "BoxLayer")  # what FSDP2 gathers as one
+FAILED = "svd_xtend/failed"
+ZERO_STATES = ("exp_avg", "exp_avg_sq")  # of DeepSpeed's flat optimizer
+
+
+def connect(args):
+    """The Accelerator of this process; settles args.mixed_precision. From here on all processes fail together."""
+    from datetime import timedelta
+    from pathlib import Path
+
+    from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    args.mixed_precision = runs.check_precision(args.mixed_precision)
+    accelerator = Accelerator(
+        # layers compute in half precision by themselves, see fast_unet.compute_in: accelerate is to see to fp16's scaler
+        mixed_precision="fp16" if args.mixed_precision == "fp16" else "no",
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=Path(args.output_dir, "logs"),
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # the others wait while one validates
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are there twice
+        ],
+    )
+    runs.check_optimizer(args)
+    if is_deepspeed(accelerator):
+        if args.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision fp16: not with DeepSpeed, which has a scaler of its own; pass bf16 or no")
+        if args.optimizer != "adamw":
+            raise ValueError(f"--optimizer {args.optimizer}: not with DeepSpeed; pass adamw, or take fsdp2.yaml")
+    if accelerator.num_processes > 1:
+        fail_together(accelerator.process_index)
+    return accelerator
+
+
+def is_deepspeed(accelerator):
+    return accelerator.distributed_type == "DEEPSPEED"
+
+
+def is_fsdp(accelerator):
+    return accelerator.distributed_type == "FSDP"
+
+
+def prepare(accelerator, unet, optimizer, args):
+    """Hand model and optimizer to the engine. Returns (the model to call, optimizer, the trained parameters, which under
+    FSDP2 are other tensors than before)."""
+    if is_fsdp(accelerator):
+        kinds = {type(module).__name__ for module in unet.modules()}
+        unet._no_split_modules = [kind for kind in SHARDED if kind in kinds]  # accelerate's name; diffusers has None
+    if is_deepspeed(accelerator):
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config.update(
+            train_micro_batch_size_per_gpu=args.per_gpu_batch_size, gradient_clipping=args.max_grad_norm or 0.0
+        )
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    return model, optimizer, [p for p in unet.parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def whole(accelerator, unet):
+    """With FSDP2: gather all weights on every process, and keep them until the end. Elsewhere they always are."""
+    shards = []
+    if is_fsdp(accelerator):
+        from torch.distributed.fsdp import FSDPModule
+
+        shards = [module for module in unet.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    yield
+    for module in shards:
+        again = accelerator.state.fsdp_plugin.reshard_after_forward and module is not unet
+        module.set_reshard_after_forward(again, recurse=False)
+        module.reshard()
+
+
+# --------------------------------------------------------------------------- tensors as one process would have them
+
+
+def collect(tensor, keep=True):
+    """A copy, in the CPU's memory, of a tensor that may be spread over the processes; all must call this. Where not
+    `keep`, None."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().to("cpu", copy=True) if keep else None
+
+
+def spread(value, like):
+    """A whole tensor, on the CPU, as `like` is: on its device, of a DTensor this process' part."""
+    if not hasattr(like, "full_tensor"):
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    # src_data_rank: all processes have read the same file, nothing needs to be sent
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def torch_optimizer(optimizer):
+    """The torch optimizer inside accelerate's, and DeepSpeed's, wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def zero_of(optimizer):
+    """DeepSpeed's ZeRO optimizer, or None."""
+    return optimizer.optimizer if hasattr(optimizer.optimizer, "optimizer") else None
+
+
+def optimizer_state(optimizer, p, keep=True):
+    """{exp_avg, exp_avg_sq, step} of a parameter, whole, on the CPU; all processes must call this."""
+    if zero_of(optimizer):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        (step, *_) = (state["step"] for state in torch_optimizer(optimizer).state.values())
+        state = {key: safe_get_full_optimizer_state(p, key) for key in ZERO_STATES} | {"step": step}
+    else:
+        state = torch_optimizer(optimizer).state[p]
+    return {k: collect(v, keep) if hasattr(v, "device") else v for k, v in state.items()}
+
+
+def load_optimizer_states(optimizer, states):
+    """Give a torch optimizer back what `optimizer_state` told of it: {parameter: state}. Groups keep this run's flags."""
+    own = torch_optimizer(optimizer)
+    if zero_of(optimizer):
+        return load_zero_states(zero_of(optimizer), own, states)
+    order = [p for group in own.param_groups for p in group["params"]]
+    state = {
+        i: {k: spread(v, p) if getattr(v, "shape", None) == p.shape else v for k, v in states[p].items()}
+        for i, p in enumerate(order)
+        if p in states
+    }
+    own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})
+
+
+def load_zero_states(zero, own, states):
+    """The same for DeepSpeed, which trains flat parts of all parameters: each process fills in what is its own."""
+    import torch
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    step = next(iter(states.values()))["step"]
+    for group in own.param_groups:
+        for flat in group["params"]:
+            own.state[flat] = {key: torch.zeros_like(flat) for key in ZERO_STATES}
+            own.state[flat]["step"] = step.clone() if hasattr(step, "clone") else step
+    zero._lazy_init_hp_params_optimizer_state()  # private: else linked at the first step only, and nothing could be set
+    for p, state in states.items():
+        safe_set_full_fp32_param(p, p.data)
+        for key in ZERO_STATES:
+            safe_set_full_optimizer_state(p, state[key].to(p.device), key)
+
+
+# ------------------------------------------------------------------------------------------------------ fail together
+
+
+def fail_together(rank, every=1.0):
+    """Let an uncaught exception on one process end all of them, each with its message, within seconds: without this the
+    others would wait in a collective for hours. Told through the store that the processes met at."""
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # a connection of its own: a main thread that waits in another would keep it
+    store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))
+
+    def watch():
+        while True:
+            time.sleep(every)
+            try:
+                if not store.check([FAILED]):
+                    continue
+                told = store.get(FAILED).decode()
+            except RuntimeError:  # the launcher is gone, and ends its processes itself
+                return
+            if not told.startswith(f"process {rank} "):
+                sys.stderr.write(f"\n{told}\nprocess {rank} ends with it\n")
+            time.sleep(3 * every)  # whoever failed goes first, so that launchers tell of the cause
+            leave()
+
+    def hook(kind, error, trace):
+        before(kind, error, trace)
+        if not store.check([FAILED]):  # the first one is the cause
+            store.set(FAILED, f"process {rank} on {socket.gethostname()} failed: {kind.__name__}: {error}")
+
+    before, sys.excepthook = sys.excepthook, hook
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave():
+    """End this process now, whatever its main thread waits for; a checkpoint that is being written is written."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(300)
+    sys.stderr.flush()
+    os._exit(1)
