@@ -424,8 +424,8 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                 with accelerator.accumulate(model):
                     value = loss(model, pipe, batch, args).mean()
                     accelerator.backward(value)
-                    clip = accelerator.clip_grad_norm_ if accelerator.sync_gradients else lambda *_: None
-                    grad_norm = clip(trained, args.max_grad_norm or math.inf)
+                    if accelerator.sync_gradients:
+                        grad_norm = processes.clip_grad_norm(accelerator, trained, args.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
                 sums[0] += value.detach() / args.gradient_accumulation_steps / world

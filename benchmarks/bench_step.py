@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import train_svd
-from svd_xtend import fast_unet, memory, runs
-from svd_xtend import checkpoints
+from svd_xtend import checkpoints, fast_unet, memory, runs
 from svd_xtend.checkpoints import load_svd
 from svd_xtend.lora import inject_lora
 from svd_xtend.tiny import TINY_SVD

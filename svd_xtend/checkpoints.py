@@ -269,7 +269,7 @@ class Saver:
         keep, named = self.accelerator.is_main_process, trainable_parameters(self.unet)
         files = {TRAINED: {name: processes.collect(p, keep) for name, p in named.items()}}
         scaler, state = self.accelerator.scaler, {"schedule": self.schedule.state_dict()}
-        state["optimizer"] = {n: processes.optimizer_state(self.optimizer, p, keep) for n, p in named.items()}
+        state["optimizer"] = processes.optimizer_states(self.optimizer, named, keep)
         state["scaler"] = scaler.state_dict() if scaler else None
         if self.ema:
             state["averaged_steps"] = self.ema.optimization_step
@@ -315,7 +315,7 @@ class Saver:
                 f"--resume_from_checkpoint {folder}: does not hold what this run trains. Give the flags that it was "
                 "trained with, or another --output_dir."
             )
-        processes.load_optimizer_states(self.optimizer, {named[n]: s for n, s in state["optimizer"].items()})
+        processes.load_optimizer_states(self.optimizer, named, state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema:
@@ -328,7 +328,9 @@ class Saver:
         groups = processes.torch_optimizer(self.optimizer).param_groups
         for group, base, factor in zip(groups, own_rates, self.schedule.lr_lambdas):
             rate = base * factor(self.schedule.last_epoch)
-            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate  # torchao insists on tensors
+            group["lr"] = (
+                group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+            )  # torchao insists on tensors
         self.schedule._last_lr = [group["lr"] for group in groups]
         progress = read_progress(folder)
         self.step = progress["step"]

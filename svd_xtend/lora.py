@@ -83,7 +83,9 @@ def save_lora(unet, folder):
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    own = get_peft_model_state_dict(unet, dict(unet.named_parameters()))  # under FSDP2 state_dict gives a process' part
+    own = get_peft_model_state_dict(
+        unet, dict(unet.named_parameters())
+    )  # under FSDP2 state_dict gives a process' part
     tensors = {f"unet.{k}": v.detach().float().cpu().contiguous() for k, v in own.items()}
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in unet.peft_config["default"].to_dict().items()}
     kept = {f"unet.{k}": config[k] for k in ("r", "lora_alpha", "target_modules", "use_dora")}

@@ -8,6 +8,7 @@ Checkpoints ask here for tensors as one process would have them, and hand them b
 reaches the disk, so that what one engine saved any other resumes.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 
 from svd_xtend import runs
 
@@ -48,7 +50,9 @@ def connect(args):
     runs.check_optimizer(args)
     if is_deepspeed(accelerator):
         if args.mixed_precision == "fp16":
-            raise ValueError("--mixed_precision fp16: not with DeepSpeed, which has a scaler of its own; pass bf16 or no")
+            raise ValueError(
+                "--mixed_precision fp16: not with DeepSpeed, which has a scaler of its own; pass bf16 or no"
+            )
         if args.optimizer != "adamw":
             raise ValueError(f"--optimizer {args.optimizer}: not with DeepSpeed; pass adamw, or take fsdp2.yaml")
     if accelerator.num_processes > 1:
@@ -70,13 +74,24 @@ def prepare(accelerator, unet, optimizer, args):
     if is_fsdp(accelerator):
         kinds = {type(module).__name__ for module in unet.modules()}
         unet._no_split_modules = [kind for kind in SHARDED if kind in kinds]  # accelerate's name; diffusers has None
+        # the UNet's blocks answer with views, and nothing writes into them
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     if is_deepspeed(accelerator):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config.update(
             train_micro_batch_size_per_gpu=args.per_gpu_batch_size, gradient_clipping=args.max_grad_norm or 0.0
         )
     model, optimizer = accelerator.prepare(unet, optimizer)
+    if is_fsdp(accelerator):
+        # private: what the first forward does; if that were a picture's, of a UNet inside the model, it would be the root
+        model._get_fsdp_state()._lazy_init()
     return model, optimizer, [p for p in unet.parameters() if p.requires_grad]
+
+
+def clip_grad_norm(accelerator, trained, most):
+    """Scale gradients to a norm of at most `most`; returns the norm before, of the whole gradient, on every process."""
+    norm = accelerator.clip_grad_norm_(trained, most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 @contextlib.contextmanager
@@ -129,33 +144,35 @@ def zero_of(optimizer):
     return optimizer.optimizer if hasattr(optimizer.optimizer, "optimizer") else None
 
 
-def optimizer_state(optimizer, p, keep=True):
-    """{exp_avg, exp_avg_sq, step} of a parameter, whole, on the CPU; all processes must call this."""
-    if zero_of(optimizer):
+def optimizer_states(optimizer, named, keep=True):
+    """{name: {exp_avg, exp_avg_sq, step}} of parameters, whole, on the CPU; all processes must call this."""
+    zero, own = zero_of(optimizer), torch_optimizer(optimizer).state
+    if zero:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        (step, *_) = (state["step"] for state in torch_optimizer(optimizer).state.values())
-        state = {key: safe_get_full_optimizer_state(p, key) for key in ZERO_STATES} | {"step": step}
-    else:
-        state = torch_optimizer(optimizer).state[p]
-    return {k: collect(v, keep) if hasattr(v, "device") else v for k, v in state.items()}
+        link(zero)
+        step = next(iter(own.values()))["step"]
+    states = {}
+    for name, p in named.items():
+        state = {k: safe_get_full_optimizer_state(p, k) for k in ZERO_STATES} | {"step": step} if zero else own[p]
+        states[name] = {k: collect(v, keep) if hasattr(v, "device") else v for k, v in state.items()}
+    return states
 
 
-def load_optimizer_states(optimizer, states):
-    """Give a torch optimizer back what `optimizer_state` told of it: {parameter: state}. Groups keep this run's flags."""
+def load_optimizer_states(optimizer, named, states):
+    """Give parameters back what `optimizer_states` told of them. Groups keep this run's flags."""
     own = torch_optimizer(optimizer)
     if zero_of(optimizer):
-        return load_zero_states(zero_of(optimizer), own, states)
-    order = [p for group in own.param_groups for p in group["params"]]
+        return load_zero_states(zero_of(optimizer), own, named, states)
+    order, names = [p for group in own.param_groups for p in group["params"]], {p: name for name, p in named.items()}
     state = {
-        i: {k: spread(v, p) if getattr(v, "shape", None) == p.shape else v for k, v in states[p].items()}
+        i: {k: spread(v, p) if getattr(v, "shape", None) == p.shape else v for k, v in states[names[p]].items()}
         for i, p in enumerate(order)
-        if p in states
     }
     own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})
 
 
-def load_zero_states(zero, own, states):
+def load_zero_states(zero, own, named, states):
     """The same for DeepSpeed, which trains flat parts of all parameters: each process fills in what is its own."""
     import torch
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -165,11 +182,18 @@ def load_zero_states(zero, own, states):
         for flat in group["params"]:
             own.state[flat] = {key: torch.zeros_like(flat) for key in ZERO_STATES}
             own.state[flat]["step"] = step.clone() if hasattr(step, "clone") else step
-    zero._lazy_init_hp_params_optimizer_state()  # private: else linked at the first step only, and nothing could be set
-    for p, state in states.items():
+    link(zero)
+    for name, p in named.items():
         safe_set_full_fp32_param(p, p.data)
         for key in ZERO_STATES:
-            safe_set_full_optimizer_state(p, state[key].to(p.device), key)
+            safe_set_full_optimizer_state(p, states[name][key].to(p.device), key)
+
+
+def link(zero):
+    """Have DeepSpeed find its averages by parameter. Private, but it does so after its first group's first step alone, when
+    those of other groups are not there yet."""
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
 
 
 # ------------------------------------------------------------------------------------------------------ fail together
@@ -186,27 +210,34 @@ def fail_together(rank, every=1.0):
     # a connection of its own: a main thread that waits in another would keep it
     store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))
 
+    def cause():
+        """Who failed first, and why; "" where nobody did, and where the launcher is gone, which ends its processes itself."""
+        with contextlib.suppress(RuntimeError):
+            return store.get(FAILED).decode() if store.check([FAILED]) else ""
+        return ""
+
+    def tell(told):
+        if not told.startswith(f"process {rank} "):
+            sys.stderr.write(f"\n{told}\nprocess {rank} ends with it\n")
+
     def watch():
-        while True:
-            time.sleep(every)
-            try:
-                if not store.check([FAILED]):
-                    continue
-                told = store.get(FAILED).decode()
-            except RuntimeError:  # the launcher is gone, and ends its processes itself
-                return
-            if not told.startswith(f"process {rank} "):
-                sys.stderr.write(f"\n{told}\nprocess {rank} ends with it\n")
-            time.sleep(3 * every)  # whoever failed goes first, so that launchers tell of the cause
-            leave()
+        while not over.wait(every):
+            if told := cause():
+                tell(told)
+                time.sleep(3 * every)  # whoever failed goes first, so that launchers tell of the cause
+                leave()
 
     def hook(kind, error, trace):
         before(kind, error, trace)
-        if not store.check([FAILED]):  # the first one is the cause
+        if told := cause():  # the first one is the cause; then a collective breaks in the others
+            return tell(told)
+        with contextlib.suppress(RuntimeError):
             store.set(FAILED, f"process {rank} on {socket.gethostname()} failed: {kind.__name__}: {error}")
 
     before, sys.excepthook = sys.excepthook, hook
-    threading.Thread(target=watch, daemon=True).start()
+    over, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    atexit.register(lambda: over.set() or watcher.join())  # a thread that is in C++ when Python ends takes it down
 
 
 def leave():

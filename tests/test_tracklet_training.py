@@ -177,9 +177,7 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path):
 
 
 def test_gates_learn_faster_and_never_decay_by_the_schedule_that_all_follow(run, optimizers):
-    run(
-        "--max_train_steps=2", "--learning_rate=1e-3", "--lr_warmup_steps=4", "--lr_scheduler=constant", tracklet=True
-    )
+    run("--max_train_steps=2", "--learning_rate=1e-3", "--lr_warmup_steps=4", "--lr_scheduler=constant", tracklet=True)
     common, gates = optimizers[-1].param_groups
     assert common["lr"] == pytest.approx(0.5e-3) and gates["lr"] == pytest.approx(GATE_RATE * 0.5e-3)
     assert common["weight_decay"] == 1e-2 and gates["weight_decay"] == 0

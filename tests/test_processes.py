@@ -1,0 +1,261 @@
+"""Many processes: each engine, as its file in configs/accelerate/ sets it up, trains what one process would."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from farm import Farm
+from safetensors.torch import load_file
+
+from svd_xtend.boxes import new_boxes, save_boxes
+from svd_xtend.checkpoints import find_checkpoints, load_svd, read_progress
+from svd_xtend.tiny import TINY_SVD
+
+ROOT = Path(__file__).parents[1]
+ENGINES = ["ddp", "fsdp2", "deepspeed_zero2"]
+PLAIN = [
+    "--width=64", "--height=48", "--num_workers=0", "--vae_encode_chunk=8", "--seed=1", "--mixed_precision=no",
+    "--num_inference_steps=1",
+]  # fmt: skip
+FULL = ["train_svd.py", *PLAIN, "--use_ema", "--lr_scheduler=cosine", "--lr_warmup_steps=1", "--learning_rate=1e-4",
+        "--validation_steps=2", "--max_train_steps=4", "--checkpointing_steps=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory):
+    """Folder with DeepSpeed, from the package registry; None where it cannot be installed."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+    done = subprocess.run(
+        [*pip, "--no-deps", "--no-build-isolation", "deepspeed"], env={**os.environ, "DS_BUILD_OPS": "0"}
+    )
+    rest = subprocess.run([*pip, "hjson", "py-cpuinfo", "msgpack", "pydantic", "ninja"])
+    return None if done.returncode or rest.returncode else folder
+
+
+@pytest.fixture(scope="module")
+def farm(deepspeed):
+    farm = Farm(deepspeed or "")
+    yield farm
+    farm.close()
+
+
+@pytest.fixture
+def needs(deepspeed):
+    def check(engine):
+        if engine.startswith("deepspeed") and not deepspeed:
+            pytest.skip("DeepSpeed cannot be installed here")
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def alone(farm, clips, tmp_path_factory):
+    """Folder of a run of one process with batches of two, and of the same as it was when killed in step 3."""
+    folder = tmp_path_factory.mktemp("alone")
+    farm.run(*FULL, f"--base_folder={clips}", "--per_gpu_batch_size=2", output_dir=folder / "whole")
+    return folder / "whole"
+
+
+def cut(run, to):
+    """A copy of a run as it was when killed after step 2; only the checkpoint counts."""
+    to.mkdir()
+    shutil.copytree(run / "checkpoint-2", to / "checkpoint-2")
+    return to
+
+
+def distance(a, b):
+    """Relative distance of two sets of weights."""
+    assert a.keys() == b.keys()
+    between = sum((a[name] - b[name]).double().square().sum() for name in a).sqrt()
+    return float(between / sum(b[name].double().square().sum() for name in b).sqrt())
+
+
+def assert_same_run(a, b):
+    """Weights and averages within 1e-6; and that these moved by much more, so that to be equal says something."""
+    for file in ("trained.safetensors", "ema.safetensors"):
+        ends = [load_file(run / "checkpoint-4" / file) for run in (a, b)]
+        assert distance(*ends) < 1e-6, file
+    base = dict(load_svd(str(TINY_SVD), torch.float32).unet.named_parameters())
+    ends = load_file(b / "checkpoint-4" / "trained.safetensors")
+    assert distance(ends, {name: base[name].detach() for name in ends}) > 1e-4
+    rows = [[json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()][-2:] for run in (a, b)]
+    for one, other in zip(*rows):
+        for key in ("step", "loss", "lr", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_end_where_one_with_twice_the_batch_does(farm, needs, engine, alone, clips, tmp_path):
+    """Weights, averages, schedule, clipped gradients, pictures and export; and what they saved one process resumes."""
+    needs(engine)
+    out = tmp_path / engine
+    farm.run(*FULL, f"--base_folder={clips}", engine=engine, world=2, output_dir=out)
+    assert_same_run(out, alone)
+    exported, averages = (load_file(out / file) for file in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-4/ema.safetensors"))  # fmt: skip
+    assert all(torch.equal(exported[name], averages[name]) for name in averages)
+    for file in ("validation/step000002_fall0000_000.png", "comparison.gif"):
+        assert (out / file).exists()
+    one = cut(out, tmp_path / "one")
+    farm.run(*FULL, f"--base_folder={clips}", "--per_gpu_batch_size=2", output_dir=one)
+    assert_same_run(one, alone)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_go_on_from_what_one_saved(farm, needs, engine, alone, clips, tmp_path):
+    needs(engine)
+    out = cut(alone, tmp_path / engine)
+    _, printed, _ = farm.run(*FULL, f"--base_folder={clips}", engine=engine, world=2, output_dir=out)
+    assert "resumed from" in printed
+    assert_same_run(out, alone)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lora_and_accumulation(farm, needs, engine, clips, tmp_path):
+    """Two processes that accumulate two clips each: the LoRA of one process with four at once."""
+    needs(engine)
+    flags = ["train_svd_lora.py", *PLAIN, f"--base_folder={clips}", "--max_train_steps=2", "--validation_steps=0"]
+    farm.run(*flags, "--per_gpu_batch_size=4", output_dir=tmp_path / "one")
+    farm.run(*flags, "--gradient_accumulation_steps=2", engine=engine, world=2, output_dir=tmp_path / "two")
+    one, two = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("one", "two"))
+    assert distance(two, one) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])  # DDP: in test_tracklet_training.py
+def test_boxes(farm, needs, engine, boxed_clips, tmp_path):
+    """Box control with open gates, under checkpointing, and the last picture with boxes in view."""
+    needs(engine)
+    adapter = new_boxes(load_svd(str(TINY_SVD), torch.float32).unet)
+    for name, p in adapter.named_parameters():
+        p.data += 0.5 if "alpha" in name else 0
+    save_boxes(adapter, tmp_path)
+    flags = ["train_svd_tracklet.py", *PLAIN, f"--base_folder={boxed_clips}", f"--tracklet_weights={tmp_path}",
+             "--gradient_checkpointing=nested", "--max_train_steps=2", "--validation_steps=2", "--lr_warmup_steps=0"]  # fmt: skip
+    farm.run(*flags, "--per_gpu_batch_size=2", output_dir=tmp_path / "one")
+    farm.run(*flags, engine=engine, world=2, output_dir=tmp_path / "two")
+    one, two = (load_file(tmp_path / run / "tracklet_weights.safetensors") for run in ("one", "two"))
+    assert distance(two, one) < 1e-6
+    assert (tmp_path / "two" / "comparison.gif").exists()
+
+
+def test_deepspeed_refuses_what_it_would_do_wrong(farm, needs, clips, tmp_path):
+    needs("deepspeed")
+    flags = ["train_svd.py", *PLAIN[:-2], f"--base_folder={clips}", "--mixed_precision=bf16", "--max_train_steps=1"]
+    how = dict(engine="deepspeed_zero2", world=2, output_dir=tmp_path / "out", ok=False)
+    codes, printed, _ = farm.run(*flags, "--optimizer=adamw_bf16_sr", **how)
+    assert 0 not in codes and "ValueError: --optimizer adamw_bf16_sr: not with DeepSpeed; pass adamw" in printed
+
+
+# -------------------------------------------------------------------------------------------------------- fail together
+
+SCRIPT = """
+import os, sys
+import train_svd
+
+def loss(model, pipe, batch, args):
+    loss.calls = getattr(loss, "calls", 0) + 1
+    if loss.calls == 3 and int(os.environ["RANK"]) == {rank}:
+        {what}
+    return train_svd.svd_loss(model, pipe, batch, args)
+
+train_svd.train(train_svd.parse(train_svd.build_parser()), train_svd.DummyDataset, train_svd.select_parameters,
+                train_svd.export, train_svd.validate, loss)
+"""
+
+
+def go(farm, tmp_path, clips, rank, what, steps=6, **how):
+    (tmp_path / "script.py").write_text(SCRIPT.format(rank=rank, what=what))
+    flags = [*PLAIN, f"--base_folder={clips}", "--train_params", "conv_out", "--validation_steps=0"]
+    flags += ["--checkpointing_steps=1", f"--max_train_steps={steps}"]
+    return farm.run(
+        tmp_path / "script.py", *flags, engine="ddp", world=2, output_dir=tmp_path / "out", ok=False, **how
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_process_ends_both_with_its_message(farm, tmp_path, clips, rank):
+    codes, printed, seconds = go(farm, tmp_path, clips, rank, 'raise ValueError("a broken clip")')
+    assert codes == [1, 1] and seconds < 60
+    assert "ValueError: a broken clip" in printed
+    if rank:  # process 0 hosts the store here, and takes it along; with a launcher, the launcher does
+        assert "process 1 on" in printed and "process 0 ends with it" in printed
+    assert [p.name for p in find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_process_that_waits_for_one_that_failed_and_hangs_is_ended_too(farm, tmp_path, clips):
+    """The connection stays open, as a GPU's does: nothing but the message tells the other."""
+    what = 'sys.excepthook(ValueError, ValueError("stuck"), None); import time; time.sleep(100)'
+    codes, printed, seconds = go(farm, tmp_path, clips, 1, what)
+    assert codes == [1, 1] and seconds < 60
+    assert "process 1 on" in printed and "failed: ValueError: stuck\nprocess 0 ends with it" in printed
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_with_a_checkpoint(farm, tmp_path, clips):
+    codes, printed, _ = go(farm, tmp_path, clips, 1, f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    assert codes == [143, 143] and "stopped at step 3; the same command goes on from there" in printed
+    assert read_progress(find_checkpoints(tmp_path / "out")[-1])["step"] == 3
+    codes, printed, _ = go(farm, tmp_path, clips, 1, "pass")
+    assert codes == [0, 0] and "resumed from" in printed
+
+
+def test_one_process_killed_ends_the_other_and_the_run_resumes_to_the_same_weights(farm, tmp_path, clips):
+    codes, *_ = go(farm, tmp_path, clips, 1, f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+    go(farm, tmp_path, clips, 1, "pass")
+    resumed = load_file(tmp_path / "out" / "checkpoint-6" / "trained.safetensors")
+    shutil.rmtree(tmp_path / "out")
+    go(farm, tmp_path, clips, 1, "pass")
+    whole = load_file(tmp_path / "out" / "checkpoint-6" / "trained.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_slurm_script_saves_before_its_time_is_up_and_queues_itself_again(tmp_path, clips):
+    """With stand-ins for srun, which runs the command and passes signals on, and scontrol, which notes what it is asked."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(
+        '#!/bin/bash\nshift; "$@" & trap "kill -TERM $!" TERM; wait $!; s=$?; wait $!; exit $s\n'
+    )
+    (tools / "scontrol").write_text(f'#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" > {tmp_path}/asked; fi\n')  # fmt: skip
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    config = tmp_path / "cpu.yaml"
+    config.write_text(
+        (ROOT / "configs/accelerate/multi_node.yaml").read_text().replace("use_cpu: false", "use_cpu: true")
+    )
+    env = {**os.environ, "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}", "CONFIG": str(config),
+           "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n", "SLURM_NODEID": "0",
+           "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    flags = [
+        *PLAIN,
+        f"--base_folder={clips}",
+        "--train_params",
+        "conv_out",
+        "--validation_steps=0",
+        "--max_train_steps=999",
+    ]
+    out = tmp_path / "out"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            ["bash", "configs/train.sbatch", "train_svd.py", *flags, f"--output_dir={out}"], cwd=ROOT, env=env, stdout=log, stderr=log
+        )  # fmt: skip
+        deadline = time.time() + 120
+        while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+            assert time.time() < deadline and process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        process.terminate()  # to the batch script alone, as --signal=B: does
+        process.wait(120)
+    printed = (tmp_path / "log").read_text()
+    assert "2 process(es)" in printed and "the same command goes on from there" in printed, printed[-3000:]
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert len(find_checkpoints(out)) == 1
