@@ -290,7 +290,7 @@ class Saver:
             told = {name: [(partial / name).stat().st_size, digest_of(partial / name)] for name in files}
             (partial / PROGRESS).write_text(json.dumps({**progress, "files": told}))
             flush(*partial.iterdir(), partial)
-            if final.exists():  # damaged: a run resumes before it only then
+            if final.exists():  # one without its progress; others were set aside on resuming
                 final.rename(final.with_name(f"partial-replaced-{final.name}"))
             partial.rename(final)
             flush(self.output_dir)
@@ -300,7 +300,7 @@ class Saver:
                 if old != final:
                     shutil.rmtree(old)
         except Exception as error:  # whatever it is, it is the loop's to raise
-            self.error = error
+            self.error = reason(error)
             shutil.rmtree(partial, ignore_errors=True)
 
     def resume(self, folder):
@@ -345,7 +345,16 @@ def save_state(state, file):
     """Write what is not weights."""
     import torch
 
-    torch.save(state, file)
+    with open(file, "wb") as f:  # torch, given a name, does not tell that a disk is full; see `reason`
+        torch.save(state, f)
+
+
+def reason(error):
+    """The OSError behind an error, where there is one: torch ends in one of its own when it cannot write."""
+    inner = error
+    while inner and not isinstance(inner, OSError):
+        inner = inner.__context__
+    return inner or error
 
 
 def flush(*paths):

@@ -118,13 +118,25 @@ def check_optimizer(args):
         )
 
 
+@contextlib.contextmanager
+def writing(output_dir):
+    """What goes wrong with files in here becomes one error that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {output_dir}: cannot be written ({error.strerror or error}). Make room, or choose another folder"
+        ) from error
+
+
 def record_args(accelerator, args):
     """Write the resolved flags to <output_dir>/args.json and hand them to the tracker; the main process does."""
     if not accelerator.is_main_process:
         return
     told = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
+    with writing(args.output_dir):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
     if args.report_to != "none":
         accelerator.init_trackers("svd_xtend", {k: v for k, v in told.items() if isinstance(v, (int, float, str))})
 
@@ -173,7 +185,7 @@ class Metrics:
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "s/step": round(seconds, 4)}
         if peak:
             row["peak_GiB"] = round(peak, 2)
-        with self.file.open("a") as f:
+        with writing(self.file.parent), self.file.open("a") as f:
             f.write(json.dumps(row) + "\n")
         return row
 
