@@ -58,7 +58,7 @@ def encode(pipe, files, args, device):
 
 
 def start(args):
-    """(accelerator, pipeline without a UNet, frame files of each video, what cache.json says)."""
+    """(accelerator, pipeline without a UNet, videos, what cache.json says)."""
     from datetime import timedelta
 
     import torch
@@ -73,7 +73,7 @@ def start(args):
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
-    data = DummyDataset(args.base_folder, args.width, args.height, 1, 0, 0, args.resize_mode)
+        data = DummyDataset(args.base_folder, args.width, args.height, 1, 0, 0, args.resize_mode)
     pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)
     how = accelerator.mixed_precision, args.width, args.height, args.resize_mode
     if Path(args.latent_cache, cache.INFO).exists():
@@ -81,29 +81,30 @@ def start(args):
     description = cache.describe(pipe, *how)
     half = fast_unet.dtype_of(accelerator.mixed_precision)
     place_encoders(pipe, half, accelerator.device)
-    return accelerator, pipe, [frames for frames, _ in data.clips], description
+    return accelerator, pipe, data.clips, description
 
 
 def main(args):
     """Check, tell the size, encode what is not there."""
     from tqdm import tqdm
 
-    accelerator, pipe, videos, description = start(args)
+    accelerator, pipe, clips, description = start(args)
     folder, count = Path(args.latent_cache), accelerator.num_processes
-    missing = [frames for frames in videos if not cache.is_fresh(folder, frames)]
+    missing = [i for i, (frames, _) in enumerate(clips) if not cache.is_fresh(folder, frames)]
     accelerator.wait_for_everyone()  # all must have counted before one begins to write
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     values = 8 * (args.width // scale) * (args.height // scale) + pipe.image_encoder.config.projection_dim
-    need = sum(map(len, missing)) * values * pipe.vae.dtype.itemsize
+    need = sum(len(clips[i][0]) for i in missing) * values * pipe.vae.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    logger.info("%d videos, %d to do: %.2f GB, %.1f GB free, %d process(es)", len(videos), len(missing), need / 1e9, free / 1e9, count)  # fmt: skip
+    logger.info("%d videos, %d to do: %.2f GB, %.1f GB free, %d process(es)", len(clips), len(missing), need / 1e9, free / 1e9, count)  # fmt: skip
     if need > free:
         raise ValueError(f"--latent_cache {folder}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     if accelerator.is_main_process:
         cache.write_description(folder, description)
-    own = sorted(missing, key=len)[accelerator.process_index :: count]
-    for frames in tqdm(own, desc="caching", disable=not accelerator.is_main_process):
+    own = sorted(missing, key=lambda i: len(clips[i][0]))[accelerator.process_index :: count]
+    for i in tqdm(own, desc="caching", disable=not accelerator.is_main_process):
+        frames, _ = clips[i]
         digest = cache.digest_of_frames(frames)
         cache.write(folder, frames, digest, encode(pipe, frames, args, accelerator.device))
     accelerator.wait_for_everyone()
@@ -117,7 +118,7 @@ def build_parser():
     # fmt: off
     parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD; by default the embedded one")
     parser.add_argument("--revision", help="Hub revision of it")
-    parser.add_argument("--base_folder", default=base_folder, help="folder of video folders of frames; default: %(default)s")
+    parser.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folders of video folders of frames; default: {base_folder}")
     parser.add_argument("--latent_cache", required=True, help="where the cache goes")
     parser.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
     parser.add_argument("--height", type=int, default=320, help="pixels, a multiple of 8; default: %(default)s")

@@ -13,7 +13,6 @@ A killed run goes on when the same command is given again. Next: train_svd_lora.
 
 import argparse
 import itertools
-import json
 import logging
 import math
 import random
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import cache, checkpoints, fast_unet, memory, processes, runs, video
+from svd_xtend import cache, checkpoints, fast_unet, folders, memory, processes, runs, video
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 
@@ -43,59 +42,30 @@ class DummyDataset:
             video_name1/  frame_1.jpg  frame_2.jpg  ...  [clip.json: {"fps": 7, "motion_bucket_id": 127}]
             video_name2/  ...
 
-    Item `index`, a global sample index without end: each pass over the folder is a fresh permutation keyed by
-    (seed, pass), the window in the video is keyed by (seed, index). Holds `pixel_values` (f, 3, h, w) uint8, `fps` and
+    or several of them, drawn by `weights`. Item `index`, a global sample index without end: each pass over the folder is a
+    fresh permutation keyed by (seed, pass), the window in the video is keyed by (seed, index). Holds `pixel_values` (f, 3, h, w) uint8, `fps` and
     `motion_bucket_id` (the video's own where it has a clip.json), `index`, and `failed`: how many unreadable clips
     others stood in for.
     """
 
     def __init__(
-        self, base_folder, width, height, num_frames, fps, motion_bucket_id, resize_mode, seed=0, cached=None
-    ):
+        self, base_folder, width, height, num_frames, fps, motion_bucket_id, resize_mode, seed=0, cached=None, weights=None
+    ):  # fmt: skip
         self.size, self.sample_frames, self.resize_mode = (width, height), num_frames, resize_mode
         self.seed, self.latent_cache = seed, cached
-        root = Path(base_folder)
-        if not root.is_dir():
-            raise ValueError(f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg")
-        self.clips, skipped = [], []
-        for folder in sorted(root.iterdir(), key=video.natural_key):
-            frames = video.list_frames(folder) if folder.is_dir() else []
-            if len(frames) >= num_frames:
-                self.clips.append((frames, self.read_clip_json(folder, fps, motion_bucket_id)))
-            elif not folder.name.startswith("."):
-                skipped.append(f"{folder.name} ({f'{len(frames)} frames' if folder.is_dir() else 'a file'})")
-        if skipped:
-            names = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
-            logger.warning("--base_folder %s: skipped %d entries without %d frames: %s", root, len(skipped), num_frames, names)  # fmt: skip
-        if not self.clips:
-            raise ValueError(
-                f"--base_folder {root}: no video folder holds {num_frames} frames. Expected "
-                f"{root}/<video>/<frame>.jpg; lower --num_frames or extract more frames."
-            )
+        self.clips = folders.Clips(base_folder, num_frames, fps, motion_bucket_id)
+        self.order = folders.Order(self.clips.sizes, weights, seed)
         if cached:
-            cache.check_videos(cached, [frames for frames, _ in self.clips])
-
-    @staticmethod
-    def read_clip_json(folder, fps, motion_bucket_id):
-        told, file = {"fps": fps, "motion_bucket_id": motion_bucket_id}, folder / "clip.json"
-        if file.exists():
-            try:
-                own = json.loads(file.read_text())
-                told = {key: float(own.get(key, value)) for key, value in told.items()}
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f'{file}: expected {{"fps": 7, "motion_bucket_id": 127}}, got: {error}') from error
-        return told
+            cache.check_videos(cached, self.clips)
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, index):
-        epoch, place = divmod(index, len(self.clips))
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.clips))
-        for failed, clip in enumerate(np.roll(order, -place)):
-            frames, told = self.clips[clip]
-            start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
+        for failed, clip in enumerate(self.order.choices(index)):
             try:
+                frames, told = self.clips[clip]
+                start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
                 return {**self.read_window(clip, start, index), "index": index, "failed": failed, **told}
             except ValueError as error:
                 logger.warning("%s; another clip takes its place", error)
@@ -360,16 +330,16 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     watch = memory.Watch(args, unet, prepare_unet, pipe, device)
     fast_unet.checkpoint(fast_unet.compile_blocks(unet) if args.compile else unet, args.gradient_checkpointing)
     cache.check(args.latent_cache, pipe, args.mixed_precision, args.width, args.height, args.resize_mode)
-    master, *_ = runs.OPTIMIZERS[args.optimizer]
+    master = runs.OPTIMIZERS[args.optimizer][0]
     trained = checkpoints.place(pipe, unet, args.mixed_precision, device, not args.latent_cache, master)
 
     # data
-    with accelerator.main_process_first():
+    with accelerator.main_process_first():  # it lists the folder, the others read the list
         ensure_demo(args.base_folder)
-    data = dataset(
-        args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
-        args.seed, args.latent_cache,
-    )  # fmt: skip
+        data = dataset(
+            args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
+            args.seed, args.latent_cache, args.folder_weights,
+        )  # fmt: skip
     step_samples = args.per_gpu_batch_size * world * args.gradient_accumulation_steps
     args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
     if args.validation_steps and not args.validation_image:
@@ -387,9 +357,8 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
     )  # fmt: skip
     ema = EMAModel([p.float() for p in trained], decay=0.9999) if args.use_ema else None
-    saver = checkpoints.Saver(
-        accelerator, args.output_dir, args.checkpoints_total_limit, unet, optimizer, schedule, ema
-    )
+    saved = accelerator, args.output_dir, args.checkpoints_total_limit, unet, optimizer, schedule, ema
+    saver = checkpoints.Saver(*saved)
 
     def look(step):
         clips = []
@@ -495,7 +464,8 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products in float32 layers (Ampere and newer)")
 
     g = parser.add_argument_group("data")
-    g.add_argument("--base_folder", default=base_folder, help="folder of video folders of frames; default: %(default)s")
+    g.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folder of video folders of frames, or several; default: {base_folder}")
+    g.add_argument("--folder_weights", nargs="+", type=float, metavar="WEIGHT", help="of several folders, how many samples each has, relative to the others; default: each clip counts the same")
     g.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
     g.add_argument("--height", type=int, default=320, help="pixels, a multiple of 8; lower both when out of memory; default: %(default)s")
     g.add_argument("--num_frames", type=int, help="frames of a clip; default: the model's (14, or 25 for XT)")
@@ -571,6 +541,8 @@ def parse(parser, argv=None):
     if len(p) != 3 or min(p) < 0 or sum(p) > 1:
         p = " ".join(map(str, p))
         parser.error(f"--conditioning_dropout_prob {p}: one number up to 1/3, or three whose sum is at most 1")
+    if args.folder_weights and (len(args.folder_weights) != len(args.base_folder) or min(args.folder_weights) <= 0):
+        parser.error(f"--folder_weights: one above 0 for each --base_folder, which are {len(args.base_folder)}")
     for path in args.validation_image:
         if not Path(path).is_file():
             parser.error(f"--validation_image {path}: no such file")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import checkpoints, video
+from svd_xtend import checkpoints, folders, video
 from svd_xtend import tracklets as t
 from train_svd import DummyDataset, build_parser, logger, parse, select_parameters, svd_loss, train, validate
 
@@ -37,27 +37,30 @@ class TrackletDataset(DummyDataset):
 
     def __init__(self, options, base_folder, *args):
         super().__init__(base_folder, *args)
-        self.options, self.tracklets, bare = options, [], []
-        for frames, _ in self.clips:
-            name, size = frames[0].parent.name, video.picture_size(frames)
-            own = t.tracklets_of(options.tracklets or base_folder, name, size, len(self.clips) == 1)
-            if own and len(own) != len(frames):
-                logger.warning("%s: boxes for %d frames, but there are %d", name, len(own), len(frames))
-            bare += [name] * (own is None)
-            self.tracklets.append((own or t.Tracklets.empty(len(frames)), size))
-        source = f"--tracklets {options.tracklets or base_folder}"
-        if len(bare) == len(self.clips):
+        self.options, bare, some = options, [], folders.some(self.clips)
+        for frames, own, _ in map(self.boxes_of, some):
+            bare += [frames[0].parent.name] * (not own.ids)
+            if own.ids and len(own) != len(frames):
+                logger.warning("%s: boxes for %d frames, but there are %d", frames[0].parent, len(own), len(frames))
+        source = f"--tracklets {options.tracklets or 'in the video folders'}"
+        if len(bare) == len(some):
             raise ValueError(f"{source}: no boxes for any video; expected a file naming {bare[0]}, or {bare[0]}.json")
         if bare:
             logger.warning("%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5]))
 
+    def boxes_of(self, clip):
+        """(frames of a video, their Tracklets, their size)."""
+        (frames, _), source = self.clips[clip], self.options.tracklets
+        folder, size = frames[0].parent, video.picture_size(frames)
+        own = t.tracklets_of(source or folder.parent, folder.name, size, len(self.clips) == 1)
+        return frames, own or t.Tracklets.empty(len(frames)), size
+
     def read_window(self, clip, start, index):
-        item, (own, size), options = super().read_window(clip, start, index), self.tracklets[clip], self.options
+        item, (_, own, size), options = super().read_window(clip, start, index), self.boxes_of(clip), self.options
         rng = np.random.default_rng((self.seed, index, 1))
         how = self.sample_frames, options.max_objects, options.min_box_size
         boxes = t.fit(own, size, *self.size, self.resize_mode, start, *how).shuffled_colors(rng)
-        if rng.random() < options.box_dropout:
-            boxes = boxes.none()
+        boxes = boxes.none() if rng.random() < options.box_dropout else boxes
         if options.draw_boxes == "yes":
             item["pixel_values"] = t.draw_boxes(item["pixel_values"], boxes)
         shown = boxes.soften(rng, options.soft_boxes).relaxed(rng)
@@ -111,12 +114,11 @@ def validation_boxes(i, args):
     if args.validation_tracklets:
         own = t.tracklets_for(args.validation_tracklets[i], path, size)
     else:
-        among = folder.parent.absolute() == Path(args.base_folder).absolute()
+        among = folder.parent.absolute() in map(Path.absolute, map(Path, args.base_folder))
         own = t.tracklets_of(args.tracklets or folder.parent, folder.name, size, only=among)
         start = video.list_frames(folder).index(path)
-    return own and t.fit(
-        own, size, args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
-    )
+    how = args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
+    return own and t.fit(own, size, *how)
 
 
 def validate_boxes(pipe, unet, step, args):

@@ -7,12 +7,15 @@
 Per frame, not per clip: any window start is free. Every step still encodes one frame, the noised condition.
 """
 
+import collections
 import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+
+from svd_xtend.folders import some
 
 INFO = "cache.json"
 
@@ -104,6 +107,8 @@ def read_window(folder, frames, start, length):
     file = cache_file(folder, frames)
     try:
         with safe_open(file, "pt") as f:
+            if (f.metadata() or {}).get("frames") != digest_of_frames(frames):
+                raise ValueError(f"{file}: its frames have changed since; run cache_latents.py again")
             cut = {name: f.get_slice(name)[start : start + length].float() for name in ("mean", "std")}
             image_embeds = f.get_slice("image_embeds")[start : start + 1].float()
     except (OSError, SafetensorError) as error:
@@ -113,8 +118,14 @@ def read_window(folder, frames, start, length):
     return {"moments": np.stack([cut["mean"].numpy(), cut["std"].numpy()]), "image_embeds": image_embeds.numpy()}
 
 
-def check_videos(folder, videos):
-    """Raise where a video (a list of frame files) has no fresh cache."""
+def check_videos(folder, clips):
+    """Raise where a video of `clips` has no fresh cache. Of very many some are looked at: all are when they are read."""
+    videos = [clips[i][0] for i in some(clips)]
+    twice = [name for name, n in collections.Counter(frames[0].parent.name for frames in videos).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"--latent_cache {folder}: two folders hold a video {twice[0]}; rename one, or use two caches"
+        )
     stale = [frames[0].parent.name for frames in videos if not is_fresh(folder, frames)]
     if stale:
         raise ValueError(

@@ -195,9 +195,9 @@ def write_clips(base_folder, domain="shapes", clips=48, seed=0, **size):
         (folder / "clip.json").write_text(json.dumps({"fps": FPS, "motion_bucket_id": clip.motion_bucket_id}))
 
 
-def ensure_demo(base_folder):
+def ensure_demo(base_folders):
     """Draw the demo clips, a trainer's default --base_folder, as far as they are not there yet."""
-    if str(base_folder) == DEMO:
+    if DEMO in base_folders:
         write_clips(DEMO, "fall", 24)
 
 

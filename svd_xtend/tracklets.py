@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from svd_xtend.video import read_bytes
+
 logger = logging.getLogger("svd_xtend")
 LINE_WIDTH = (
     4 / 1024
@@ -174,15 +176,15 @@ def read_tracklets(file, size=None):
     no area are left out, with a warning. Raises ValueError with file, record and what was expected.
     """
     file = Path(file)
-    try:
-        text, written = file.read_text(encoding="utf-8-sig"), file.stat().st_mtime_ns
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as an annotation file ({error})") from error
-    return parse(file, text, size, written)
+    return parse(file, size, file.stat().st_mtime_ns if file.exists() else None)
 
 
 @functools.lru_cache(maxsize=2)  # a file of many videos is asked once for each of them
-def parse(file, text, size, written):
+def parse(file, size, written):
+    try:
+        text = read_bytes(file).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as an annotation file ({error})") from error
     try:
         found = dispatch(file, text, size)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

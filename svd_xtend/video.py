@@ -1,24 +1,68 @@
 """Reading frames and pictures, writing clips: mp4, gif, contact sheet. A clip is a list of PIL images of one size."""
 
+import errno
+import io
+import logging
+import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+logger = logging.getLogger("svd_xtend")
+
 FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
+WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds between attempts to read
+PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH",
+           "ENOTCONN", "EREMOTEIO")  # fmt: skip
 GAP = 4  # pixels between the pictures of a sheet
 
 
 def natural_key(path):
     """Sorts frame_2 before frame_10."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", Path(path).name)]
+    parts = re.split(r"(\d+)", os.path.basename(path))
+    return [int(part) if part.isdigit() else part.lower() for part in parts]
+
+
+def frame_names(names):
+    """Those of names in a folder that are frames', in natural order."""
+    frames = (name for name in names if os.path.splitext(name)[1].lower() in FRAME_SUFFIXES)
+    return sorted((name for name in frames if name[0] != "."), key=natural_key)
 
 
 def list_frames(folder):
     """The frames of a video folder in natural order."""
-    frames = [p for p in Path(folder).iterdir() if p.suffix.lower() in FRAME_SUFFIXES and not p.name.startswith(".")]
-    return sorted(frames, key=natural_key)
+    return [Path(folder, name) for name in frame_names(patiently(os.listdir, folder))]
+
+
+def patiently(function, path):
+    """function(path), again after a while where a network file system fails for the moment. Where it still does it is an
+    OSError that names the path, and that nobody takes for a damaged file."""
+    for wait in (*WAITS, None):
+        try:
+            return function(path)
+        except OSError as error:
+            if errno.errorcode.get(error.errno) not in PASSING:
+                raise
+            if wait is None and error.errno == errno.EIO:
+                raise  # as a disk answers for a bad sector, too
+            if wait is None:
+                raise Unreachable(
+                    f"{path}: {error.strerror}, for {sum(WAITS)} s. When it can be reached, the same command goes on"
+                ) from error
+            logger.warning("%s: %s; trying again in %g s", path, error.strerror, wait)
+            time.sleep(wait)
+
+
+class Unreachable(Exception):
+    """A file system does not answer."""
+
+
+def read_bytes(path):
+    """A file's content."""
+    return patiently(lambda p: Path(p).read_bytes(), path)
 
 
 def load_image(path, width=None, height=None, resize_mode="crop"):
@@ -35,7 +79,7 @@ def load_frame(path, width=None, height=None, resize_mode="crop"):
     import torch
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_bytes(path))) as image:
             if width:
                 turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
                 image.draft("RGB", (height, width) if turned else (width, height))  # JPEG: decode at a fitting 1/2^n

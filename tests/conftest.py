@@ -1,9 +1,11 @@
 """Shared: the embedded SVD, a small folder of clips, and training in this process."""
 
 import os
+import tempfile
 from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # lists of folders that go again
 
 import pytest
 import torch
