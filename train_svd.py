@@ -393,8 +393,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                 with accelerator.accumulate(model):
                     value = loss(model, pipe, batch, args).mean()
                     accelerator.backward(value)
-                    if accelerator.sync_gradients:
-                        grad_norm = processes.clip_grad_norm(accelerator, trained, args.max_grad_norm or math.inf)
+                    grad_norm = processes.clip_grad_norm(accelerator, trained, args.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
                 sums[0] += value.detach() / args.gradient_accumulation_steps / world

@@ -89,7 +89,10 @@ def prepare(accelerator, unet, optimizer, args):
 
 
 def clip_grad_norm(accelerator, trained, most):
-    """Scale gradients to a norm of at most `most`; returns the norm before, of the whole gradient, on every process."""
+    """Scale gradients to a norm of at most `most`; returns the norm before, of the whole gradient, on every process. Until
+    the last micro-step of a step, None."""
+    if not accelerator.sync_gradients:
+        return None
     norm = accelerator.clip_grad_norm_(trained, most)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
