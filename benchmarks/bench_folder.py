@@ -31,9 +31,9 @@ def make(root, videos, frames):
 
 
 def private(pid="self"):
-    """MiB of memory that a process shares with no other."""
+    """MiB that a process has written, and shares with no other; pages of the index, which is mapped, are not among them."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 
 
 def worker(clips, count, answer):

@@ -231,8 +231,10 @@ class BoxAdapter(nn.Module):
                 for path, (channels, heads) in blocks.items()
             }
         )
-        for p in self.parameters():
-            p.data = p.data.reshape(1) if p.ndim == 0 else p.data  # gates: FSDP2 does not shard scalars
+        for module in self.modules():
+            for name, p in module.named_parameters(recurse=False):
+                if p.ndim == 0:  # gates: FSDP2 does not shard scalars
+                    setattr(module, name, nn.Parameter(p.detach().reshape(1)))
         self.control = self.current = self.parts = None
         self.replaced = {}  # {name: value before} of the UNet's parameters that were trained with it and came along
         self.enabled, self.box_guidance_scale, self.hooks, self.unet = True, 1.0, [], []

@@ -55,6 +55,8 @@ def connect(args):
             )
         if args.optimizer != "adamw":
             raise ValueError(f"--optimizer {args.optimizer}: not with DeepSpeed; pass adamw, or take fsdp2.yaml")
+    if is_fsdp(accelerator) and args.optimizer == "adamw8bit":
+        raise ValueError("--optimizer adamw8bit: not with FSDP2, under which torchao cannot resume it; pass adamw")
     if accelerator.num_processes > 1:
         fail_together(accelerator.process_index)
     return accelerator

@@ -105,6 +105,10 @@ def become(job, rank, port):
 
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    if "ACCELERATE_USE_DEEPSPEED" in job["env"]:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__.clear()  # else it compiles, for half a minute, what gloo does as well
     sys.argv = job["argv"]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")

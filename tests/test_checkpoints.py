@@ -194,6 +194,34 @@ def test_a_run_goes_on_before_a_damaged_checkpoint_and_replaces_it(run, saved, t
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_fp16s_scaler_goes_on_where_it_was(tmp_path):
+    """fp16 does not train on CPUs, but its scaler is the same there."""
+    from types import SimpleNamespace
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1 / (1 + step))
+
+    def saver(scale):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+        accelerator = SimpleNamespace(is_main_process=True, scaler=scaler, wait_for_everyone=lambda: None)
+        return checkpoints.Saver(accelerator, tmp_path, None, model, optimizer, schedule, None), scaler
+
+    first, scaler = saver(64.0)
+    for _ in range(4):
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        scaler.step(optimizer.optimizer)
+        scaler.update()
+        schedule.step()
+    with first:
+        first.save({"step": 4, "samples": 4, "seed": 0})
+    kept = scaler.state_dict()
+    second, scaler = saver(1.0)
+    assert scaler.state_dict() != kept
+    assert second.resume(tmp_path / "checkpoint-4") == {"step": 4, "samples": 4, "seed": 0}
+    assert scaler.state_dict() == kept and kept["scale"] == 128 and kept["_growth_tracker"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------- beside the steps
 
 

@@ -1,5 +1,6 @@
 """Optimizers with smaller state: torchao's, installed beside for these tests."""
 
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,23 @@ def test_bf16_training_resumes_to_the_bit_and_its_rounding_is_keyed_by_the_step(
     assert all(torch.equal(w, w.bfloat16().float()) for w in whole.values())
     averages = load_file(tmp_path / "whole" / "checkpoint-4" / "ema.safetensors")
     assert any(not torch.equal(w, w.bfloat16().float()) for w in averages.values())  # they are kept in float32
+
+
+def test_8_bit_averages_resume_to_the_bit(torchao, run, tmp_path):
+    flags = [
+        "--optimizer=adamw8bit",
+        "--checkpointing_steps=2",
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=1",
+        *SMALL,
+    ]
+    run("--max_train_steps=4", *flags, output_dir=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves", ignore=shutil.ignore_patterns("checkpoint-4"))
+    run("--max_train_steps=4", *flags, output_dir=tmp_path / "halves")
+    whole, halves = (weights(tmp_path / name, 4) for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    states = torch.load(tmp_path / "whole" / "checkpoint-4" / "state.pt", weights_only=True)["optimizer"]
+    assert {type(v).__name__ for state in states.values() for v in state.values()} >= {"OptimState8bit"}
 
 
 def test_rounding_is_up_or_down_and_right_on_average(torchao):

@@ -121,7 +121,7 @@ def test_two_processes_go_on_from_what_one_saved(farm, needs, engine, alone, cli
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_lora_and_accumulation(farm, needs, engine, clips, tmp_path):
+def test_lora_under_accumulation(farm, needs, engine, clips, tmp_path):
     """Two processes that accumulate two clips each: the LoRA of one process with four at once."""
     needs(engine)
     flags = ["train_svd_lora.py", *PLAIN, f"--base_folder={clips}", "--max_train_steps=2", "--validation_steps=0"]
@@ -131,8 +131,8 @@ def test_lora_and_accumulation(farm, needs, engine, clips, tmp_path):
     assert distance(two, one) < 1e-6
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:])  # DDP: in test_tracklet_training.py
-def test_boxes(farm, needs, engine, boxed_clips, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_box_control(farm, needs, engine, boxed_clips, tmp_path):
     """Box control with open gates, under checkpointing, and the last picture with boxes in view."""
     needs(engine)
     adapter = new_boxes(load_svd(str(TINY_SVD), torch.float32).unet)
@@ -190,6 +190,17 @@ def test_an_error_in_one_process_ends_both_with_its_message(farm, tmp_path, clip
     if rank:  # process 0 hosts the store here, and takes it along; with a launcher, the launcher does
         assert "process 1 on" in printed and "process 0 ends with it" in printed
     assert [p.name for p in find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_under_a_launcher_the_others_name_the_one_that_failed(tmp_path, clips):
+    (tmp_path / "script.py").write_text(SCRIPT.format(rank=0, what='raise ValueError("a broken clip")'))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", tmp_path / "script.py", *PLAIN, f"--base_folder={clips}", "--train_params",
+               "conv_out", "--validation_steps=0", "--max_train_steps=6", f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=120)
+    assert "2 process(es)" in done.stderr and done.returncode
+    assert "process 0 on" in done.stderr and "process 1 ends with it" in done.stderr
 
 
 def test_a_process_that_waits_for_one_that_failed_and_hangs_is_ended_too(farm, tmp_path, clips):
