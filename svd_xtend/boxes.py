@@ -139,12 +139,12 @@ class InstanceEnhancer(nn.Module):
         self.time_attn = Attention(channels, **size)
         self.attn = Attention(channels, cross_attention_dim=channels, **size)
         self.ff = FeedForward(channels, activation_fn="geglu")
-        self.alpha_attn, self.alpha_dense = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.0))
+        self.alpha_attn, self.alpha_dense = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.carrying = carrying
         if carrying:
             self.norm_own, self.norm_carried = nn.LayerNorm(channels), nn.LayerNorm(channels)
             self.mlp = nn.Sequential(nn.Linear(2 * channels + 4, channels), nn.SiLU(), nn.Linear(channels, channels))
-            self.alpha_carry = nn.Parameter(torch.tensor(0.0))
+            self.alpha_carry = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, control, height, width, points):
         """x (b f, h w, c) -> the same. control: see BoxAdapter.tokens; points (h w, 2): where each visual token is."""
@@ -154,7 +154,7 @@ class InstanceEnhancer(nn.Module):
             carried, place = carry(clips[0][:, 0], *clips[1:], points, height, width)
             parts = self.norm_own(clips[0]), self.norm_carried(carried), place
             moved = self.mlp(torch.cat([part.to(x.dtype) for part in parts], -1))
-            x = x + self.alpha_carry.tanh() * rearrange(moved, "b f p c -> (b f) p c")
+            x = x + self.alpha_carry[0].tanh() * rearrange(moved, "b f p c -> (b f) p c")
         valid = valid[..., None].to(x.dtype)
         appearance = valid * pool_boxes(x, boxes, height, width) + (1 - valid) * self.null
         instances = self.norm_fused(self.fuse(torch.cat([self.norm_roi(appearance).to(tokens.dtype), tokens], -1)))
@@ -164,10 +164,10 @@ class InstanceEnhancer(nn.Module):
         instances = instances + self.time_attn(self.norm_time(instances))
         instances = rearrange(instances, "(b n) f c -> (b f) n c", n=n)
         instances = self.norm_context(torch.cat([instances, self.outside.expand(b, 1, c).to(instances.dtype)], 1))
-        x = x + self.alpha_attn.tanh() * self.attn(
+        x = x + self.alpha_attn[0].tanh() * self.attn(
             self.norm1(x), instances, attention_mask=self.inside(boxes, valid, points)
         )
-        return x + self.alpha_dense.tanh() * self.ff(self.norm2(x))
+        return x + self.alpha_dense[0].tanh() * self.ff(self.norm2(x))
 
     def inside(self, boxes, valid, points):
         """Bias (b heads, h w, n + 1) of the attention, from the distances to the box's sides, positive inside; 0 for empty
@@ -180,6 +180,28 @@ class InstanceEnhancer(nn.Module):
         return rearrange(bias, "b p n heads -> (b heads) p n")
 
 
+class GatedAttention(GatedSelfAttentionDense):
+    """diffusers', with gates that are kept in one dimension, as FSDP2 needs them, and used as scalars: of anything more, in
+    float32, half precision would become float32."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.computes = False
+        for name in ("alpha_attn", "alpha_dense"):
+            self._parameters[name] = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, objs):
+        self.computes = True
+        try:
+            return super().forward(x, objs)
+        finally:
+            self.computes = False
+
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        return value[0] if name.startswith("alpha_") and self.computes else value
+
+
 class BoxLayer(nn.Module):
     """What one spatial block gains. Computes in its layers' dtype outside autocast, and answers in that of x.
 
@@ -188,7 +210,7 @@ class BoxLayer(nn.Module):
 
     def __init__(self, channels, token_dim, heads, enhancer):
         super().__init__()
-        self.fuser = GatedSelfAttentionDense(channels, token_dim, heads, channels // heads)
+        self.fuser = GatedAttention(channels, token_dim, heads, channels // heads)
         nn.init.zeros_(self.fuser.linear.bias)
         self.place = nn.Linear(2 * 2 * FREQUENCIES, channels)
         self.injector = (
@@ -231,10 +253,6 @@ class BoxAdapter(nn.Module):
                 for path, (channels, heads) in blocks.items()
             }
         )
-        for module in self.modules():
-            for name, p in module.named_parameters(recurse=False):
-                if p.ndim == 0:  # gates: FSDP2 does not shard scalars
-                    setattr(module, name, nn.Parameter(p.detach().reshape(1)))
         self.control = self.current = self.parts = None
         self.replaced = {}  # {name: value before} of the UNet's parameters that were trained with it and came along
         self.enabled, self.box_guidance_scale, self.hooks, self.unet = True, 1.0, [], []
