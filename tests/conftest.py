@@ -24,6 +24,14 @@ QUICK = [
 ]  # fmt: skip
 
 
+LONGEST_FIRST = ["test_structure.py", "test_tiny.py", "test_processes.py", "test_checkpoints.py", "test_training.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes first: else one process ends with them while the other has nothing left."""
+    items.sort(key=lambda item: (LONGEST_FIRST + [item.path.name]).index(item.path.name))
+
+
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """A base_folder of 8 falling clips."""
