@@ -74,6 +74,7 @@ def start(args):
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
         data = DummyDataset(args.base_folder, args.width, args.height, 1, 0, 0, args.resize_mode)
+    cache.check_names(args.latent_cache, data.clips)
     pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)
     how = accelerator.mixed_precision, args.width, args.height, args.resize_mode
     if Path(args.latent_cache, cache.INFO).exists():

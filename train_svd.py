@@ -42,10 +42,10 @@ class DummyDataset:
             video_name1/  frame_1.jpg  frame_2.jpg  ...  [clip.json: {"fps": 7, "motion_bucket_id": 127}]
             video_name2/  ...
 
-    or several of them, drawn by `weights`. Item `index`, a global sample index without end: each pass over the folder is a
-    fresh permutation keyed by (seed, pass), the window in the video is keyed by (seed, index). Holds `pixel_values` (f, 3, h, w) uint8, `fps` and
-    `motion_bucket_id` (the video's own where it has a clip.json), `index`, and `failed`: how many unreadable clips
-    others stood in for.
+    base_folder may be several, drawn by `weights`. Item `index`, a global sample index without end: each pass over a
+    folder is a fresh permutation keyed by (seed, pass), the window in the video is keyed by (seed, index). Holds
+    `pixel_values` (f, 3, h, w) uint8, `fps` and `motion_bucket_id` (the video's own where it has a clip.json), `index`,
+    and `failed`: how many unreadable clips others stood in for.
     """
 
     def __init__(

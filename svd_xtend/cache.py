@@ -7,7 +7,6 @@
 Per frame, not per clip: any window start is free. Every step still encodes one frame, the noised condition.
 """
 
-import collections
 import hashlib
 import json
 import os
@@ -118,14 +117,16 @@ def read_window(folder, frames, start, length):
     return {"moments": np.stack([cut["mean"].numpy(), cut["std"].numpy()]), "image_embeds": image_embeds.numpy()}
 
 
+def check_names(folder, clips):
+    """Raise where two base folders have a video of one name: there is one file for a name."""
+    if name := clips.twice():
+        raise ValueError(f"--latent_cache {folder}: two folders hold a video {name}; rename one, or use two caches")
+
+
 def check_videos(folder, clips):
     """Raise where a video of `clips` has no fresh cache. Of very many some are looked at: all are when they are read."""
+    check_names(folder, clips)
     videos = [clips[i][0] for i in some(clips)]
-    twice = [name for name, n in collections.Counter(frames[0].parent.name for frames in videos).items() if n > 1]
-    if twice:
-        raise ValueError(
-            f"--latent_cache {folder}: two folders hold a video {twice[0]}; rename one, or use two caches"
-        )
     stale = [frames[0].parent.name for frames in videos if not is_fresh(folder, frames)]
     if stale:
         raise ValueError(

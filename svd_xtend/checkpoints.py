@@ -291,14 +291,13 @@ class Saver:
             (partial / PROGRESS).write_text(json.dumps({**progress, "files": told}))
             flush(*partial.iterdir(), partial)
             if final.exists():  # one without its progress; others were set aside on resuming
-                final.rename(final.with_name(f"partial-replaced-{final.name}"))
+                discard(final)
             partial.rename(final)
             flush(self.output_dir)
             self.step = progress["step"]
-            shutil.rmtree(final.with_name(f"partial-replaced-{final.name}"), ignore_errors=True)
             for old in find_checkpoints(self.output_dir)[: -self.limit if self.limit else 0]:
                 if old != final:
-                    shutil.rmtree(old)
+                    discard(old)
         except Exception as error:  # whatever it is, it is the loop's to raise
             self.error = reason(error)
             shutil.rmtree(partial, ignore_errors=True)
@@ -328,17 +327,25 @@ class Saver:
         groups = processes.torch_optimizer(self.optimizer).param_groups
         for group, base, factor in zip(groups, own_rates, self.schedule.lr_lambdas):
             rate = base * factor(self.schedule.last_epoch)
-            group["lr"] = (
-                group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
-            )  # torchao insists on tensors
+            # torchao insists on tensors
+            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
         self.schedule._last_lr = [group["lr"] for group in groups]
         progress = read_progress(folder)
         self.step = progress["step"]
         if self.accelerator.is_main_process:
             for later in find_checkpoints(self.output_dir):
                 if int(later.name.split("-")[1]) > self.step:
-                    later.rename(later.with_name(f"abandoned-{later.name}"))
+                    aside = later.with_name(f"abandoned-{later.name}")
+                    shutil.rmtree(aside, ignore_errors=True)  # of a step back before this one
+                    later.rename(aside)
         return progress
+
+
+def discard(folder):
+    """Delete a checkpoint; killed in the middle of it, what is left does not pass for one."""
+    partial = folder.with_name(f"partial-discarded-{folder.name}")
+    folder.rename(partial)
+    shutil.rmtree(partial)
 
 
 def save_state(state, file):

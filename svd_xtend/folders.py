@@ -9,6 +9,7 @@ Folders are listed once. What was found is kept in one file of ~/.cache/svd_xten
 only for folders that have changed since, and which loader processes read from where it lies instead of copying it.
 """
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -234,6 +235,11 @@ class Clips:
                 f"--base_folder {listing.root}: no video folder holds {least} frames. Expected "
                 f"{listing.root}/<video>/<frame>.jpg; lower --num_frames or extract more frames."
             )
+
+    def twice(self):
+        """The name of a video that two of the base folders have, or None."""
+        names = [name for listing in self.listings for name in listing.names()] if len(self.listings) > 1 else []
+        return next((name for name, count in collections.Counter(names).items() if count > 1), None)
 
     def __len__(self):
         return sum(self.sizes)

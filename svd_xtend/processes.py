@@ -48,18 +48,22 @@ def connect(args):
         ],
     )
     runs.check_optimizer(args)
-    if is_deepspeed(accelerator):
-        if args.mixed_precision == "fp16":
-            raise ValueError(
-                "--mixed_precision fp16: not with DeepSpeed, which has a scaler of its own; pass bf16 or no"
-            )
-        if args.optimizer != "adamw":
-            raise ValueError(f"--optimizer {args.optimizer}: not with DeepSpeed; pass adamw, or take fsdp2.yaml")
-    if is_fsdp(accelerator) and args.optimizer == "adamw8bit":
-        raise ValueError("--optimizer adamw8bit: not with FSDP2, under which torchao cannot resume it; pass adamw")
+    check_engine(accelerator, args)
     if accelerator.num_processes > 1:
         fail_together(accelerator.process_index)
     return accelerator
+
+
+def check_engine(accelerator, args):
+    """Raise where a flag does not go together with the engine."""
+    if is_deepspeed(accelerator) and args.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision fp16: not with DeepSpeed, which has a scaler of its own; pass bf16 or no")
+    if is_deepspeed(accelerator) and args.optimizer != "adamw":
+        raise ValueError(f"--optimizer {args.optimizer}: not with DeepSpeed; pass adamw, or take fsdp2.yaml")
+    if is_fsdp(accelerator) and args.optimizer == "adamw8bit":
+        raise ValueError("--optimizer adamw8bit: not with FSDP2, under which torchao cannot resume it; pass adamw")
+    if is_fsdp(accelerator) and args.offload_activations:
+        raise ValueError("--offload_activations: not with FSDP2, whose gathered weights it would move, too")
 
 
 def is_deepspeed(accelerator):
@@ -159,7 +163,9 @@ def optimizer_states(optimizer, named, keep=True):
         step = next(iter(own.values()))["step"]
     states = {}
     for name, p in named.items():
-        state = {k: safe_get_full_optimizer_state(p, k) for k in ZERO_STATES} | {"step": step} if zero else own[p]
+        state = (
+            {k: safe_get_full_optimizer_state(p, k) for k in ZERO_STATES} | {"step": step} if zero else own.get(p, {})
+        )
         states[name] = {k: collect(v, keep) if hasattr(v, "device") else v for k, v in state.items()}
     return states
 

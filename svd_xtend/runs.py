@@ -105,7 +105,7 @@ class Rounding:
         import torch
 
         if self.done is None:  # once: it may be on a GPU
-            self.done = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+            self.done = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
         torch.manual_seed(int(np.random.SeedSequence((self.seed, self.done)).generate_state(1, np.uint64)[0]))
         self.done += 1
 

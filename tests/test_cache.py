@@ -195,6 +195,12 @@ def test_two_processes_share_the_work_and_forget_no_video(frames, tmp_path):
         assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
 
+def test_two_folders_with_a_video_of_one_name_are_an_error(frames, cached, tmp_path):
+    shutil.copytree(frames, tmp_path / "other")
+    with pytest.raises(ValueError, match="^--latent_cache .*: two folders hold a video [^ ]+; rename one"):
+        train_svd.DummyDataset([frames, tmp_path / "other"], 64, 48, 8, 7, 127, "crop", cached=cached)
+
+
 def test_cache_json_says_what_it_was_made_with(cached):
     told = json.loads((cached / cache.INFO).read_text())
     assert {k: told[k] for k in ("width", "height", "resize_mode")} == {

@@ -132,6 +132,9 @@ def test_going_back_sets_later_checkpoints_aside(run):
     )
     assert [p.name for p in find_checkpoints(out)] == ["checkpoint-2"]
     assert (out / "abandoned-checkpoint-3").is_dir()
+    run("--max_train_steps=3", *flags)
+    run("--max_train_steps=3", *flags, f"--resume_from_checkpoint={out / 'checkpoint-2'}")  # and once more
+    assert [p.name for p in find_checkpoints(out)] == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_a_resumed_run_has_the_learning_rate_and_adams_flags_that_it_is_given(run, optimizers):
