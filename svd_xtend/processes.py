@@ -23,7 +23,6 @@ from svd_xtend import runs
 logger = logging.getLogger("svd_xtend")
 
 SHARDED = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel", "BoxLayer")  # what FSDP2 gathers as one
-FAILED = "svd_xtend/failed"
 ZERO_STATES = ("exp_avg", "exp_avg_sq")  # of DeepSpeed's flat optimizer
 
 
@@ -188,11 +187,12 @@ def load_zero_states(zero, own, named, states):
     import torch
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    step = next(iter(states.values()))["step"]
+    step = float(next(iter(states.values()))["step"])
     for group in own.param_groups:
         for flat in group["params"]:
             own.state[flat] = {key: torch.zeros_like(flat) for key in ZERO_STATES}
-            own.state[flat]["step"] = step.clone() if hasattr(step, "clone") else step
+            # DeepSpeed's Adam for the CPU counts in integers
+            own.state[flat]["step"] = torch.tensor(step) if isinstance(own, torch.optim.AdamW) else int(step)
     link(zero)
     for name, p in named.items():
         safe_set_full_fp32_param(p, p.data)
@@ -218,13 +218,14 @@ def fail_together(rank, every=1.0):
     from torch.distributed import TCPStore
 
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    failed = f"svd_xtend/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # launchers may start a run again
     # a connection of its own: a main thread that waits in another would keep it
     store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))
 
     def cause():
         """Who failed first, and why; "" where nobody did, and where the launcher is gone, which ends its processes itself."""
         with contextlib.suppress(RuntimeError):
-            return store.get(FAILED).decode() if store.check([FAILED]) else ""
+            return store.get(failed).decode() if store.check([failed]) else ""
         return ""
 
     def tell(told):
@@ -243,7 +244,7 @@ def fail_together(rank, every=1.0):
         if told := cause():  # the first one is the cause; then a collective breaks in the others
             return tell(told)
         with contextlib.suppress(RuntimeError):
-            store.set(FAILED, f"process {rank} on {socket.gethostname()} failed: {kind.__name__}: {error}")
+            store.set(failed, f"process {rank} on {socket.gethostname()} failed: {kind.__name__}: {error}")
 
     before, sys.excepthook = sys.excepthook, hook
     over, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)

@@ -9,6 +9,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # lists of folders that go ag
 
 import pytest
 import torch
+from farm import Farm
 
 import train_svd
 import train_svd_lora
@@ -38,6 +39,14 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     write_clips(folder, "fall", 8)
     return folder
+
+
+@pytest.fixture(scope="session")
+def farm():
+    """Starts trainers as processes of their own."""
+    farm = Farm()
+    yield farm
+    farm.close()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from farm import Farm
 
 import train_svd_lora
 import train_svd_tracklet
@@ -129,13 +128,6 @@ def latent_cache(tmp_path_factory, boxed_clips):
     flags = [f"--base_folder={boxed_clips}", f"--latent_cache={folder}", "--width=64", "--height=48"]
     subprocess.run([sys.executable, "cache_latents.py", *flags], cwd=ROOT, check=True)
     return folder
-
-
-@pytest.fixture(scope="module")
-def farm():
-    farm = Farm()
-    yield farm
-    farm.close()
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=lambda c: re.sub(r"\W+", "_", c)[:50])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from farm import Farm
 from safetensors.torch import load_file
 
 import train_svd
@@ -361,7 +360,7 @@ def test_accelerate_launch_six_steps_then_resume(clips, tmp_path):
     flags = [
         "train_svd.py", f"--base_folder={clips}", "--width=64", "--height=48", "--per_gpu_batch_size=1", *SMALL,
         "--gradient_accumulation_steps=1", "--checkpointing_steps=2", "--checkpoints_total_limit=1", "--seed=123",
-        "--learning_rate=1e-5", "--lr_warmup_steps=0", "--validation_steps=3", "--num_inference_steps=2",
+        "--learning_rate=1e-5", "--lr_warmup_steps=0", "--validation_steps=3", "--num_inference_steps=1",
         f"--output_dir={tmp_path}", "--report_to=tensorboard",
     ]  # fmt: skip
     for steps in (4, 6):
@@ -426,9 +425,8 @@ train_svd.train(args, train_svd.DummyDataset, train_svd.select_parameters, lambd
 """
 
 
-def test_gradients_are_averaged_across_two_processes_and_equal_one_with_twice_the_batch(clips, tmp_path):
+def test_gradients_are_averaged_across_two_processes_and_equal_one_with_twice_the_batch(farm, clips, tmp_path):
     """And the samples are disjoint: together they are those of the one process."""
-    farm = Farm()
     for world, batch in ((2, 1), (1, 2)):
         script = tmp_path / f"run{world}.py"
         script.write_text(TWO.format(world=world))
@@ -438,7 +436,6 @@ def test_gradients_are_averaged_across_two_processes_and_equal_one_with_twice_th
             "--max_grad_norm=0",
         ]  # fmt: skip
         farm.run(script, *flags, engine="ddp" if world > 1 else "none", world=world, output_dir=tmp_path / str(world))
-    farm.close()
     first, second, alone = (load_file(tmp_path / f) for f in ("2/grads-0.safetensors", "2/grads-1.safetensors", "1/grads-0.safetensors"))  # fmt: skip
     assert_same(first, second)
     for name in alone:
