@@ -398,7 +398,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                     optimizer.zero_grad()
                 sums[0] += value.detach() / args.gradient_accumulation_steps / world
                 sums[1] += batch["failed"].sum()
-            lr, skipped = float(schedule.get_last_lr()[0]), accelerator.optimizer_step_was_skipped
+            lr, skipped = float(schedule.get_last_lr()[0]), processes.skipped(accelerator)
             if not skipped:  # fp16: the scaler met an overflow
                 schedule.step()
                 if ema:

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from svd_xtend.folders import some
+from svd_xtend.video import patiently
 
 INFO = "cache.json"
 
 
 def digest_of_frames(frames):
     """Changes when a frame file is added, removed, renamed or written again."""
-    told = [(Path(f).name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in frames]
+    told = [(Path(f).name, s.st_size, s.st_mtime_ns) for f, s in ((f, patiently(os.stat, f)) for f in frames)]
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
@@ -80,7 +81,7 @@ def is_fresh(folder, frames):
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(cache_file(folder, frames), "np") as f:
+        with patiently(lambda file: safe_open(file, "np"), cache_file(folder, frames)) as f:
             return (f.metadata() or {}).get("frames") == digest_of_frames(frames)
     except (OSError, SafetensorError):
         return False
@@ -105,7 +106,7 @@ def read_window(folder, frames, start, length):
 
     file = cache_file(folder, frames)
     try:
-        with safe_open(file, "pt") as f:
+        with patiently(lambda file: safe_open(file, "pt"), file) as f:
             if (f.metadata() or {}).get("frames") != digest_of_frames(frames):
                 raise ValueError(f"{file}: its frames have changed since; run cache_latents.py again")
             cut = {name: f.get_slice(name)[start : start + length].float() for name in ("mean", "std")}

@@ -160,10 +160,15 @@ def pick_checkpoint(choice, output_dir):
     """The folder that --resume_from_checkpoint means: `latest` (None where there is none), `none`, or a path. Whole ones
     only: `latest` goes past others, and says so; a path to one is an error."""
     if choice == "latest":
+        wrong = None
         for folder in reversed(find_checkpoints(output_dir)):
             if not (wrong := damage(folder)):
                 return folder
             logger.warning("%s is passed over: %s", folder, wrong)
+        if wrong:
+            raise ValueError(
+                f"--output_dir {output_dir}: no checkpoint in it is whole, see above. Delete them to start anew"
+            )
         return None
     if choice == "none":
         if whole := find_checkpoints(output_dir):

@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_clip_json(folder, told):
     try:
         own = json.loads(video.read_bytes(file))
         return {key: float(own.get(key, value)) for key, value in told.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f'{file}: expected {{"fps": 7, "motion_bucket_id": 127}}, got: {error}') from error
 
 
@@ -182,7 +183,7 @@ def save(arrays, file):
         head[name] = (start, start + array.nbytes, array.dtype.str)
         start += -(-array.nbytes // 8) * 8
     told = json.dumps(head).encode()
-    partial = file.with_suffix(f".{os.getpid()}")
+    partial = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as f:

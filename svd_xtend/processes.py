@@ -59,6 +59,10 @@ def check_engine(accelerator, args):
         raise ValueError("--mixed_precision fp16: not with DeepSpeed, which has a scaler of its own; pass bf16 or no")
     if is_deepspeed(accelerator) and args.optimizer != "adamw":
         raise ValueError(f"--optimizer {args.optimizer}: not with DeepSpeed; pass adamw, or take fsdp2.yaml")
+    if is_fsdp(accelerator) and args.mixed_precision == "fp16":
+        raise ValueError(
+            "--mixed_precision fp16: not with FSDP2, under which it would reduce gradients in fp16; pass bf16"
+        )
     if is_fsdp(accelerator) and args.optimizer == "adamw8bit":
         raise ValueError("--optimizer adamw8bit: not with FSDP2, under which torchao cannot resume it; pass adamw")
     if is_fsdp(accelerator) and args.offload_activations:
@@ -102,6 +106,11 @@ def clip_grad_norm(accelerator, trained, most):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
+def skipped(accelerator):
+    """Whether fp16's scaler left out the step. (DeepSpeed leaves out what is not finite at any precision; that is an error.)"""
+    return accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
+
+
 @contextlib.contextmanager
 def whole(accelerator, unet):
     """With FSDP2: gather all weights on every process, and keep them until the end. Elsewhere they always are."""
@@ -133,7 +142,7 @@ def collect(tensor, keep=True):
 def spread(value, like):
     """A whole tensor, on the CPU, as `like` is: on its device, of a DTensor this process' part."""
     if not hasattr(like, "full_tensor"):
-        return value.to(like.device)
+        return value.to(like.device, copy=True)  # what is read from a file is mapped, and the file may be deleted
     from torch.distributed.tensor import distribute_tensor
 
     # src_data_rank: all processes have read the same file, nothing needs to be sent
@@ -171,14 +180,16 @@ def optimizer_states(optimizer, named, keep=True):
 
 def load_optimizer_states(optimizer, named, states):
     """Give parameters back what `optimizer_states` told of them. Groups keep this run's flags."""
+    import torch
+
     own = torch_optimizer(optimizer)
     if zero_of(optimizer):
         return load_zero_states(zero_of(optimizer), own, named, states)
     order, names = [p for group in own.param_groups for p in group["params"]], {p: name for name, p in named.items()}
-    state = {
-        i: {k: spread(v, p) if getattr(v, "shape", None) == p.shape else v for k, v in states[names[p]].items()}
-        for i, p in enumerate(order)
-    }
+    state = {}
+    for i, p in enumerate(order):
+        whole = {k: getattr(v, "shape", None) == p.shape for k, v in states[names[p]].items()}
+        state[i] = {k: spread(v, p) if whole[k] else torch.as_tensor(v).clone() for k, v in states[names[p]].items()}
     own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})
 
 
@@ -191,8 +202,10 @@ def load_zero_states(zero, own, named, states):
     for group in own.param_groups:
         for flat in group["params"]:
             own.state[flat] = {key: torch.zeros_like(flat) for key in ZERO_STATES}
+            where = flat.device if group.get("fused") else "cpu"
             # DeepSpeed's Adam for the CPU counts in integers
-            own.state[flat]["step"] = torch.tensor(step) if isinstance(own, torch.optim.AdamW) else int(step)
+            counts = isinstance(own, torch.optim.AdamW)
+            own.state[flat]["step"] = torch.tensor(step, device=where) if counts else int(step)
     link(zero)
     for name, p in named.items():
         safe_set_full_fp32_param(p, p.data)
@@ -223,10 +236,9 @@ def fail_together(rank, every=1.0):
     store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))
 
     def cause():
-        """Who failed first, and why; "" where nobody did, and where the launcher is gone, which ends its processes itself."""
+        """Who failed first, and why; nothing where nobody did, and where the launcher, and with it the store, is gone."""
         with contextlib.suppress(RuntimeError):
-            return store.get(failed).decode() if store.check([failed]) else ""
-        return ""
+            return store.check([failed]) and store.get(failed).decode()
 
     def tell(told):
         if not told.startswith(f"process {rank} "):
@@ -245,6 +257,7 @@ def fail_together(rank, every=1.0):
             return tell(told)
         with contextlib.suppress(RuntimeError):
             store.set(failed, f"process {rank} on {socket.gethostname()} failed: {kind.__name__}: {error}")
+            time.sleep(2 * every)  # the store may go with this process: let the others read it
 
     before, sys.excepthook = sys.excepthook, hook
     over, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)

@@ -138,11 +138,22 @@ def record_args(accelerator, args):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
     if args.report_to != "none":
-        accelerator.init_trackers("svd_xtend", {k: v for k, v in told.items() if isinstance(v, (int, float, str))})
+        accelerator.init_trackers(
+            "svd_xtend", {k: v if isinstance(v, (int, float)) else str(v) for k, v in told.items()}
+        )
 
 
 SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer")  # must agree on resuming
-BELONGS_TO = ("pretrained_model_name_or_path", "pretrain_unet", "base_folder", "width", "height", "P_mean", "P_std")
+BELONGS_TO = (
+    "pretrained_model_name_or_path",
+    "pretrain_unet",
+    "base_folder",
+    "folder_weights",
+    "width",
+    "height",
+    "P_mean",
+    "P_std",
+)
 
 
 def compare_args(args):
@@ -214,7 +225,7 @@ def check_reading(failed, samples):
     """Stop a run that cannot read more than 1 % of its samples."""
     if failed > max(2, 0.01 * samples):
         raise ValueError(
-            f"--base_folder: {failed:.0f} of {samples} clips cannot be read, over 1 %; warnings above name them"
+            f"--base_folder: {failed:.0f} of {samples} clips cannot be read, over 1 %; the warnings name those of the main process"
         )
 
 
@@ -271,7 +282,7 @@ def push_to_hub(args):
     populate_model_card(card, ["stable-video-diffusion", "image-to-video"]).save(Path(args.output_dir, "README.md"))
     upload_folder(
         repo_id=repo, folder_path=args.output_dir, token=args.hub_token,
-        ignore_patterns=["checkpoint-*", "partial-*", "logs/*", "wandb/*"],
+        ignore_patterns=["checkpoint-*", "abandoned-*", "partial-*", "logs/*", "wandb/*"],
     )  # fmt: skip
 
 

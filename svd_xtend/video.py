@@ -38,8 +38,8 @@ def list_frames(folder):
 
 
 def patiently(function, path):
-    """function(path), again after a while where a network file system fails for the moment. Where it still does it is an
-    OSError that names the path, and that nobody takes for a damaged file."""
+    """function(path), again after a while where a network file system fails for the moment. Where it still does, Unreachable,
+    which nobody takes for a damaged file; but EIO stays an OSError, as a bad sector gives it, too."""
     for wait in (*WAITS, None):
         try:
             return function(path)
@@ -105,7 +105,7 @@ def picture_size(paths):
     """(width, height) of the first picture that can be read, upright by its EXIF tag, from its header alone."""
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with patiently(Image.open, path) as image:
                 width, height = image.size
                 return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
         except (OSError, ValueError, SyntaxError):

@@ -179,7 +179,9 @@ def test_damaged_checkpoints_are_refused_with_the_path_and_latest_goes_past_them
     assert re.search(f"checkpoint-3 is passed over: {told}", caplog.text)
     harm(out / "checkpoint-2" / name)
     harm(out / "checkpoint-1" / name)
-    assert pick_checkpoint("latest", out) is None
+    with pytest.raises(ValueError, match="^--output_dir .*: no checkpoint in it is whole"):
+        pick_checkpoint("latest", out)
+    assert pick_checkpoint("latest", tmp_path / "new") is None
 
 
 def test_a_run_goes_on_before_a_damaged_checkpoint_and_replaces_it(run, saved, tmp_path):

@@ -197,6 +197,7 @@ def test_box_control(farm, needs, engine, boxed_alone, tmp_path):
     [
         ("DEEPSPEED", "fp16", {}, "--mixed_precision fp16: not with DeepSpeed"),
         ("DEEPSPEED", "bf16", {"optimizer": "adamw_bf16_sr"}, "--optimizer adamw_bf16_sr: not with DeepSpeed"),
+        ("FSDP", "fp16", {}, "--mixed_precision fp16: not with FSDP2"),
         ("FSDP", "bf16", {"optimizer": "adamw8bit"}, "--optimizer adamw8bit: not with FSDP2"),
         ("FSDP", "bf16", {"offload_activations": True}, "--offload_activations: not with FSDP2"),
     ],
@@ -314,13 +315,15 @@ def test_two_machines_train_as_one(tmp_path, clips):
 
 
 def test_the_slurm_script_saves_before_its_time_is_up_and_queues_itself_again(tmp_path, clips):
-    """With stand-ins for srun, which runs the command and passes signals on, and scontrol, which notes what it is asked."""
+    """With stand-ins for srun, which kills its command where it is itself told to end, as SLURM's does, for scancel, which
+    signals the command, and for scontrol, which notes what it is asked."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "srun").write_text(
-        '#!/bin/bash\nshift; "$@" & trap "kill -TERM $!" TERM; wait $!; s=$?; wait $!; exit $s\n'
+        f'#!/bin/bash\nshift; "$@" & echo $! > {tmp_path}/step; trap "kill -KILL $!" TERM; wait $!\n'
     )
     (tools / "scontrol").write_text(f'#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" > {tmp_path}/asked; fi\n')  # fmt: skip
+    (tools / "scancel").write_text(f'#!/bin/bash\n[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat {tmp_path}/step)\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}", "CONFIG": str(cpu_config(tmp_path)),
