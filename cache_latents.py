@@ -12,7 +12,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from svd_xtend import cache, fast_unet, runs, video
+from svd_xtend import cache, fast_unet, processes, runs, video
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 from train_svd import DummyDataset, base_folder, embed_image
@@ -70,6 +70,8 @@ def start(args):
         mixed_precision=runs.check_precision(args.mixed_precision),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],  # who is done waits for the others
     )
+    if accelerator.num_processes > 1:
+        processes.fail_together(accelerator.process_index)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)

@@ -66,15 +66,14 @@ class DummyDataset:
             try:
                 frames, told = self.clips[clip]
                 start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
-                return {**self.read_window(clip, start, index), "index": index, "failed": failed, **told}
+                return {**self.read_window(frames, start, index), "index": index, "failed": failed, **told}
             except ValueError as error:
                 logger.warning("%s; another clip takes its place", error)
         raise ValueError("--base_folder: not one clip can be read; the warnings above name the files")
 
-    def read_window(self, clip, start, index):
-        """What an item holds of its clip's frames from `start` on; a subclass adds to it, `cond` for one. With a latent
+    def read_window(self, frames, start, index):
+        """What an item holds of its clip's `frames` from `start` on; a subclass adds to it, `cond` for one. With a latent
         cache: of the frames only the first, and in place of the others `moments` and `image_embeds`."""
-        frames = self.clips[clip][0]
         window = frames[start : start + (1 if self.latent_cache else self.sample_frames)]
         pixels = np.stack([video.load_frame(frame, *self.size, self.resize_mode) for frame in window])
         cached = cache.read_window(self.latent_cache, frames, start, self.sample_frames) if self.latent_cache else {}
@@ -340,13 +339,13 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
             args.seed, args.latent_cache, args.folder_weights,
         )  # fmt: skip
+    processes.check_same("--base_folder", data.clips.digest())
     step_samples = args.per_gpu_batch_size * world * args.gradient_accumulation_steps
     args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
     if args.validation_steps and not args.validation_image:
         args.validation_image = [str(data.clips[0][0][0])]
 
-    if args.scale_lr:
-        args.learning_rate *= step_samples
+    args.learning_rate *= step_samples if args.scale_lr else 1
     runs.record_args(accelerator, args)
 
     # optimizer

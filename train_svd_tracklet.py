@@ -38,7 +38,8 @@ class TrackletDataset(DummyDataset):
     def __init__(self, options, base_folder, *args):
         super().__init__(base_folder, *args)
         self.options, bare, some = options, [], folders.some(self.clips)
-        for frames, own, _ in map(self.boxes_of, some):
+        for frames, _ in map(self.clips.__getitem__, some):
+            own, _ = self.boxes_of(frames)
             bare += [frames[0].parent.name] * (not own.ids)
             if own.ids and len(own) != len(frames):
                 logger.warning("%s: boxes for %d frames, but there are %d", frames[0].parent, len(own), len(frames))
@@ -48,15 +49,14 @@ class TrackletDataset(DummyDataset):
         if bare:
             logger.warning("%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5]))
 
-    def boxes_of(self, clip):
-        """(frames of a video, their Tracklets, their size)."""
-        (frames, _), source = self.clips[clip], self.options.tracklets
+    def boxes_of(self, frames):
+        """(Tracklets of a video's frames, size of these)."""
         folder, size = frames[0].parent, video.picture_size(frames)
-        own = t.tracklets_of(source or folder.parent, folder.name, size, len(self.clips) == 1)
-        return frames, own or t.Tracklets.empty(len(frames)), size
+        own = t.tracklets_of(self.options.tracklets or folder.parent, folder.name, size, len(self.clips) == 1)
+        return own or t.Tracklets.empty(len(frames)), size
 
-    def read_window(self, clip, start, index):
-        item, (_, own, size), options = super().read_window(clip, start, index), self.boxes_of(clip), self.options
+    def read_window(self, frames, start, index):
+        item, (own, size), options = super().read_window(frames, start, index), self.boxes_of(frames), self.options
         rng = np.random.default_rng((self.seed, index, 1))
         how = self.sample_frames, options.max_objects, options.min_box_size
         boxes = t.fit(own, size, *self.size, self.resize_mode, start, *how).shuffled_colors(rng)

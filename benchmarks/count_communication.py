@@ -50,7 +50,7 @@ class Collectives(TorchDispatchMode):
             elif name == "_reduce_scatter_base_":
                 self.reduced += source
             else:
-                raise NotImplementedError(f"a step is not expected to call {name}")
+                raise RuntimeError(f"a step is not expected to call {name}")
         return func(*args, **(kwargs or {}))
 
 

@@ -441,10 +441,8 @@ def read(file):
         raise ValueError(f"--tracklet_weights {file}: no such file")
     try:
         with safe_open(file, "pt") as f:
-            metadata, tensors = (
-                f.metadata() or {},
-                {key: torch.atleast_1d(f.get_tensor(key).float()) for key in f.keys()},
-            )
+            metadata = f.metadata() or {}
+            tensors = {key: torch.atleast_1d(f.get_tensor(key).float()) for key in f.keys()}
     except SafetensorError as error:
         raise ValueError(f"--tracklet_weights {file}: damaged or not safetensors ({error})") from error
     if "box_adapter" not in metadata:

@@ -194,9 +194,9 @@ def read_progress(folder):
 def damage(folder):
     """What is wrong with a checkpoint, beginning with the file; None where it is as it was written."""
     try:
-        read_progress(folder)
-        files = json.loads(Path(folder, PROGRESS).read_text())["files"]
-        for name, (size, digest) in files.items():
+        told = json.loads(Path(folder, PROGRESS).read_text())
+        told["step"], told["samples"], told["seed"]
+        for name, (size, digest) in told["files"].items():
             found = Path(folder, name).stat().st_size
             if found != size:
                 return f"{name} is cut short or was changed: {found} of {size} bytes"

@@ -111,9 +111,8 @@ class Listing:
         from tqdm import tqdm
 
         changed, now, found = [name for name in folders if name not in known], time.time_ns(), {}
-        parts = [
-            changed[i : i + 100] for i in range(0, len(changed), 100)
-        ]  # a task for each would be slower than the tasks
+        # of a hundred each: a task for one folder would take longer to hand out than to do
+        parts = [changed[i : i + 100] for i in range(0, len(changed), 100)]
         with (
             ThreadPoolExecutor(THREADS) as pool,
             tqdm(total=len(changed), desc=f"listing {self.root}", delay=2) as bar,
@@ -223,9 +222,8 @@ class Clips:
         counts = listing.arrays["counts"]
         short = np.flatnonzero(counts < least)
         if len(short) or listing.stray:
-            told = [f"{listing.name(i)} ({counts[i]} frames)" for i in short[:5]] + [
-                f"{n} (a file)" for n in listing.stray
-            ]
+            told = [f"{listing.name(i)} ({counts[i]} frames)" for i in short[:5]]
+            told += [f"{n} (a file)" for n in listing.stray]
             shown = ", ".join(told[:5]) + ", ..." * (len(told) > 5 or len(short) > 5)
             count = len(short) + len(listing.stray)
             logger.warning(
@@ -236,6 +234,14 @@ class Clips:
                 f"--base_folder {listing.root}: no video folder holds {least} frames. Expected "
                 f"{listing.root}/<video>/<frame>.jpg; lower --num_frames or extract more frames."
             )
+
+    def digest(self):
+        """The same wherever the same videos of the same frames were found."""
+        digest = hashlib.blake2b(repr(self.sizes).encode(), digest_size=16)
+        for listing in self.listings:
+            for name in ("names", "name_ends", "counts", "frames"):
+                digest.update(np.ascontiguousarray(listing.arrays[name]))
+        return digest.hexdigest()
 
     def twice(self):
         """The name of a video that two of the base folders have, or None."""

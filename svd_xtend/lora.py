@@ -83,9 +83,8 @@ def save_lora(unet, folder):
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    own = get_peft_model_state_dict(
-        unet, dict(unet.named_parameters())
-    )  # under FSDP2 state_dict gives a process' part
+    # not state_dict, which under FSDP2 gives each process its part
+    own = get_peft_model_state_dict(unet, dict(unet.named_parameters()))
     tensors = {f"unet.{k}": v.detach().float().cpu().contiguous() for k, v in own.items()}
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in unet.peft_config["default"].to_dict().items()}
     kept = {f"unet.{k}": config[k] for k in ("r", "lora_alpha", "target_modules", "use_dora")}

@@ -111,6 +111,16 @@ def skipped(accelerator):
     return accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
 
 
+def check_same(flag, value):
+    """Raise where the processes do not all have the same `value`."""
+    from accelerate.utils import gather_object
+
+    if len(set(gather_object([value]))) > 1:
+        raise ValueError(
+            f"{flag}: processes do not find the same there. Let nothing write to it while a run starts, and start again"
+        )
+
+
 @contextlib.contextmanager
 def whole(accelerator, unet):
     """With FSDP2: gather all weights on every process, and keep them until the end. Elsewhere they always are."""
@@ -170,10 +180,10 @@ def optimizer_states(optimizer, named, keep=True):
         link(zero)
         step = next(iter(own.values()))["step"]
     states = {}
-    for name, p in named.items():
-        state = (
-            {k: safe_get_full_optimizer_state(p, k) for k in ZERO_STATES} | {"step": step} if zero else own.get(p, {})
-        )
+    for name, p in named.items():  # one after the other: under ZeRO-2 each is gathered on the GPU
+        state = own.get(p, {})
+        if zero:
+            state = {key: safe_get_full_optimizer_state(p, key) for key in ZERO_STATES} | {"step": step}
         states[name] = {k: collect(v, keep) if hasattr(v, "device") else v for k, v in state.items()}
     return states
 

@@ -138,22 +138,14 @@ def record_args(accelerator, args):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
     if args.report_to != "none":
-        accelerator.init_trackers(
-            "svd_xtend", {k: v if isinstance(v, (int, float)) else str(v) for k, v in told.items()}
-        )
+        shown = {k: v if isinstance(v, (int, float)) else str(v) for k, v in told.items()}
+        accelerator.init_trackers("svd_xtend", shown)
 
 
 SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer")  # must agree on resuming
 BELONGS_TO = (
-    "pretrained_model_name_or_path",
-    "pretrain_unet",
-    "base_folder",
-    "folder_weights",
-    "width",
-    "height",
-    "P_mean",
-    "P_std",
-)
+    "pretrained_model_name_or_path", "pretrain_unet", "base_folder", "folder_weights", "width", "height", "P_mean", "P_std"
+)  # fmt: skip
 
 
 def compare_args(args):

@@ -247,6 +247,21 @@ def test_an_error_in_one_process_ends_both_with_its_message(farm, tmp_path, clip
     assert [p.name for p in find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_processes_that_find_other_videos_do_not_start(farm, tmp_path, clips):
+    """A folder that is being filled, or that not all machines see: samples would be drawn twice, others never."""
+    shutil.copytree(clips, tmp_path / "fuller")
+    shutil.copytree(clips / "fall0000", tmp_path / "fuller" / "one_more")
+    script = SCRIPT.format(rank=0, what="pass").replace(
+        "train_svd.train(",
+        f"os.environ['RANK'] == '1' and sys.argv.append('--base_folder={tmp_path}/fuller')\ntrain_svd.train(",
+    )
+    (tmp_path / "script.py").write_text(script)
+    flags = [*PLAIN, f"--base_folder={clips}", "--validation_steps=0", "--max_train_steps=1"]
+    how = dict(engine="ddp", world=2, output_dir=tmp_path / "out", ok=False)
+    codes, printed, _ = farm.run(tmp_path / "script.py", *flags, **how)
+    assert codes == [1, 1] and "ValueError: --base_folder: processes do not find the same there" in printed
+
+
 def test_under_a_launcher_the_others_name_the_one_that_failed(tmp_path, clips):
     (tmp_path / "script.py").write_text(SCRIPT.format(rank=0, what='raise ValueError("a broken clip")'))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
