@@ -69,7 +69,7 @@ def read_boxes(args, path, file, num_frames, slots):
     """The tracklets in `file` as the picture at `path` shows them after resizing."""
     size = video.picture_size([path])
     own = tracklets.tracklets_for(file, path, size)
-    return tracklets.fit(own, size, args.width, args.height, args.resize_mode, 0, num_frames, slots)
+    return tracklets.fit(own, size, args.width, args.height, args.resize_mode, range(num_frames), slots)
 
 
 def main(args):

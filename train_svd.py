@@ -1,4 +1,4 @@
-"""Fine-tune Stable Video Diffusion on a folder of videos, as frames.
+"""Fine-tune Stable Video Diffusion on a folder of videos.
 
     accelerate launch train_svd.py --pretrained_model_name_or_path=/path/to/weight --per_gpu_batch_size=1 \\
         --gradient_accumulation_steps=1 --max_train_steps=50000 --width=512 --height=320 --checkpointing_steps=1000 \\
@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import cache, checkpoints, fast_unet, folders, memory, processes, runs, video
+from svd_xtend import cache, checkpoints, fast_unet, memory, order, processes, runs, video
+from svd_xtend.clips import load_picture
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 
-base_folder = "data/demo"  # <- your folder of video folders of frames; data/demo is drawn at first use
+base_folder = "data/demo"  # <- your folder of videos, files or folders of frames; data/demo is drawn at first use
 
 logger = logging.getLogger("svd_xtend")
 
@@ -36,25 +37,28 @@ logger = logging.getLogger("svd_xtend")
 
 
 class DummyDataset:
-    """Clips of consecutive frames from a folder of video folders.
+    """Clips from a folder of videos, each a folder of frames or a file, sampled by time at `fps`.
 
         base_folder/
-            video_name1/  frame_1.jpg  frame_2.jpg  ...  [clip.json: {"fps": 7, "motion_bucket_id": 127}]
-            video_name2/  ...
+            video_name1/  frame_1.jpg  frame_2.jpg  ...  [clip.json: {"fps": 24, "motion_bucket_id": 127, "caption": ""}]
+            video_name2.mp4  [video_name2.txt: its caption]
+            ...
 
     base_folder may be several, drawn by `weights`. Item `index`, a global sample index without end: each pass over a
     folder is a fresh permutation keyed by (seed, pass), the window in the video is keyed by (seed, index). Holds
-    `pixel_values` (f, 3, h, w) uint8, `fps` and `motion_bucket_id` (the video's own where it has a clip.json), `index`,
-    and `failed`: how many unreadable clips others stood in for.
+    `pixel_values` (f, 3, h, w) uint8, `fps` and `motion_bucket_id` of the clip, its `caption` or "", `index`, and `failed`:
+    how many unreadable clips others stood in for. buckets: in the size of about as many pixels that has the clip's aspect
+    ratio; image_ratio: so many samples are pictures of the folders, of one frame; `batch` samples on end are then alike.
     """
 
     def __init__(
-        self, base_folder, width, height, num_frames, fps, motion_bucket_id, resize_mode, seed=0, cached=None, weights=None
+        self, base_folder, width, height, num_frames, fps, motion_bucket_id, resize_mode, seed=0, cached=None, weights=None,
+        source_fps=None, buckets=False, image_ratio=0.0, batch=1,
     ):  # fmt: skip
-        self.size, self.sample_frames, self.resize_mode = (width, height), num_frames, resize_mode
-        self.seed, self.latent_cache = seed, cached
-        self.clips = folders.Clips(base_folder, num_frames, fps, motion_bucket_id)
-        self.order = folders.Order(self.clips.sizes, weights, seed)
+        self.sample_frames, self.resize_mode, self.seed, self.latent_cache = num_frames, resize_mode, seed, cached
+        told = fps, motion_bucket_id, source_fps, (width, height), buckets, image_ratio > 0
+        self.clips = order.Clips(base_folder, num_frames, *told)
+        self.order = order.Order(self.clips.pools(weights, image_ratio), seed, batch)
         if cached:
             cache.check_videos(cached, self.clips)
 
@@ -62,21 +66,21 @@ class DummyDataset:
         return len(self.clips)
 
     def __getitem__(self, index):
-        for failed, clip in enumerate(self.order.choices(index)):
+        for failed, number in enumerate(self.order.choices(index)):
             try:
-                frames, told = self.clips[clip]
-                start = int(np.random.default_rng((self.seed, index)).integers(len(frames) - self.sample_frames + 1))
-                return {**self.read_window(frames, start, index), "index": index, "failed": failed, **told}
+                clip, length = self.clips[number], self.sample_frames if number < len(self.clips) else 1
+                start = np.random.default_rng((self.seed, index)).integers(clip.starts(length, clip.told["fps"]))
+                frames = clip.numbers(start, length, clip.told["fps"])
+                return {**self.read_window(clip, frames, index), "index": index, "failed": failed, **clip.told}
             except ValueError as error:
                 logger.warning("%s; another clip takes its place", error)
         raise ValueError("--base_folder: not one clip can be read; the warnings above name the files")
 
-    def read_window(self, frames, start, index):
-        """What an item holds of its clip's `frames` from `start` on; a subclass adds to it, `cond` for one. With a latent
+    def read_window(self, clip, frames, index):
+        """What an item holds of these `frames` of a clip, by their numbers; a subclass adds to it, `cond` for one. With a latent
         cache: of the frames only the first, and in place of the others `moments` and `image_embeds`."""
-        window = frames[start : start + (1 if self.latent_cache else self.sample_frames)]
-        pixels = np.stack([video.load_frame(frame, *self.size, self.resize_mode) for frame in window])
-        cached = cache.read_window(self.latent_cache, frames, start, self.sample_frames) if self.latent_cache else {}
+        pixels = clip.read(frames[: 1 if self.latent_cache else None], *clip.size, self.resize_mode)
+        cached = cache.read_window(self.latent_cache, clip, frames) if self.latent_cache else {}
         return {"pixel_values": rearrange(pixels, "f h w c -> f c h w"), **cached}
 
 
@@ -245,16 +249,16 @@ def validate(pipe, unet, step, args):
         return {"latents": tensors["latents"].to(pipe.vae.dtype)} if i + 1 == args.num_inference_steps else tensors
 
     clips = []
-    for path in args.validation_image:
-        image = video.load_image(path, args.width, args.height, args.resize_mode)
+    for path, told in zip(args.validation_image, args.validation):
+        image = load_picture(path, args.width, args.height, args.resize_mode)
         frames = pipe(
-            image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=args.fps,
-            motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
+            image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=told["fps"],
+            motion_bucket_id=told["motion_bucket_id"], noise_aug_strength=args.noise_aug_strength,
             decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.validation_seed),
             callback_on_step_end=as_decoder,
         ).frames[0]  # fmt: skip
         name = video.clip_name(path)
-        video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, args.fps)
+        video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, told["fps"])
         clips.append((name, image, frames))
     return clips
 
@@ -337,16 +341,15 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         ensure_demo(args.base_folder)
         data = dataset(
             args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
-            args.seed, args.latent_cache, args.folder_weights,
+            args.seed, args.latent_cache, args.folder_weights, args.source_fps, args.buckets, args.image_ratio,
+            args.per_gpu_batch_size * world,
         )  # fmt: skip
     processes.check_same("--base_folder", data.clips.digest())
     step_samples = args.per_gpu_batch_size * world * args.gradient_accumulation_steps
     args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
-    if args.validation_steps and not args.validation_image:
-        args.validation_image = [str(data.clips[0][0][0])]
-
     args.learning_rate *= step_samples if args.scale_lr else 1
-    runs.record_args(accelerator, args)
+    runs.settle_validation(args, data.clips)
+    runs.record_args(accelerator, args, data.clips)
 
     # optimizer
     optimizer = runs.make_optimizer(trained, args)
@@ -365,7 +368,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             if accelerator.is_main_process:
                 with checkpoints.at_hand(pipe, device):
                     clips = validate(pipe, unet, step, args)
-                runs.log_videos(accelerator, args.output_dir, step, [name for name, *_ in clips])
+                runs.log_validation(accelerator, args, step, clips)
         accelerator.wait_for_everyone()
         return clips
 
@@ -435,7 +438,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     if accelerator.is_main_process:
         if after:
             rows = [{"init image": i, "before": b, "after": a} for (_, i, b), (*_, a) in zip(before, after)]
-            video.write_comparison(Path(args.output_dir, "comparison"), rows, args.fps)
+            video.write_comparison(Path(args.output_dir, "comparison"), rows, args.validation[0]["fps"])
         if args.push_to_hub:
             runs.push_to_hub(args)
         watch.report()
@@ -444,6 +447,16 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
 
 # ----------------------------------------------------------------------------------------------------------------- CLI
+
+
+def number_or(word):
+    """The type of a flag that is a number, or this word."""
+
+    def number(text):
+        return text if text == word else float(text)
+
+    number.__name__ = f"number or {word}"  # argparse's error names it
+    return number
 
 
 def build_parser(description=__doc__, **defaults):
@@ -462,8 +475,13 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products in float32 layers (Ampere and newer)")
 
     g = parser.add_argument_group("data")
-    g.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folder of video folders of frames, or several; default: {base_folder}")
+    g.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folder of videos, files or folders of frames, or several; default: {base_folder}")
     g.add_argument("--folder_weights", nargs="+", type=float, metavar="WEIGHT", help="of several folders, how many samples each has, relative to the others; default: each clip counts the same")
+    g.add_argument("--fps", type=number_or("native"), default=7, help="frames a second at which clips are sampled, by time, and of validation; native: each clip's own; a clip that has fewer keeps its own; default: %(default)s")
+    g.add_argument("--source_fps", type=float, help="frames a second of frame folders without clip.json; default: --fps, or 7")
+    g.add_argument("--motion_bucket_id", type=number_or("auto"), default="auto", help="of clips that do not tell theirs: auto, 1 to 255 by how much moves in each, or a number, SVD's own 127 for one; of validation; default: %(default)s")
+    g.add_argument("--image_ratio", type=float, default=0.0, help="fraction of samples that are pictures lying in the folders, as clips of one frame; default: %(default)s")
+    g.add_argument("--buckets", action="store_true", help="sample each clip in the aspect ratio nearest to its own, at about as many pixels; a batch is of one size")
     g.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
     g.add_argument("--height", type=int, default=320, help="pixels, a multiple of 8; lower both when out of memory; default: %(default)s")
     g.add_argument("--num_frames", type=int, help="frames of a clip; default: the model's (14, or 25 for XT)")
@@ -497,9 +515,7 @@ def build_parser(description=__doc__, **defaults):
 
     g = parser.add_argument_group("validation")
     g.add_argument("--validation_steps", type=int, default=500, help="render every so many steps, before and after; 0: never")
-    g.add_argument("--validation_image", nargs="+", default=[], metavar="IMAGE", help="pictures to animate; default: the first frame of the first video")
-    g.add_argument("--fps", type=float, default=7, help="frames a second of clips without clip.json, and of validation")
-    g.add_argument("--motion_bucket_id", type=float, default=127, help="0 to 255, more moves more; likewise")
+    g.add_argument("--validation_image", nargs="+", default=[], metavar="IMAGE", help="pictures, or videos of which the first frame, to animate; default: the first video's")
     g.add_argument("--noise_aug_strength", type=float, default=0.0, help="noise on the validation image")
     g.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps")
     g.add_argument("--decode_chunk_size", type=int, default=8, help="frames decoded at once; lower when validation runs out of memory")
@@ -541,6 +557,13 @@ def parse(parser, argv=None):
         parser.error(f"--conditioning_dropout_prob {p}: one number up to 1/3, or three whose sum is at most 1")
     if args.folder_weights and (len(args.folder_weights) != len(args.base_folder) or min(args.folder_weights) <= 0):
         parser.error(f"--folder_weights: one above 0 for each --base_folder, which are {len(args.base_folder)}")
+    for flag in ("fps", "source_fps"):
+        if getattr(args, flag) not in (None, "native") and not 0 < getattr(args, flag) < math.inf:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be above 0")
+    if not 0 <= args.image_ratio < 1:
+        parser.error(f"--image_ratio {args.image_ratio}: from 0 to less than 1")
+    if args.image_ratio and args.latent_cache:
+        parser.error("--image_ratio: not with --latent_cache, which holds videos alone")
     for path in args.validation_image:
         if not Path(path).is_file():
             parser.error(f"--validation_image {path}: no such file")

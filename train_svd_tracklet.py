@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import checkpoints, folders, video
+from svd_xtend import checkpoints, order, video
 from svd_xtend import tracklets as t
+from svd_xtend.clips import load_picture
 from train_svd import DummyDataset, build_parser, logger, parse, select_parameters, svd_loss, train, validate
 
 STAGES = {
@@ -35,31 +36,31 @@ class TrackletDataset(DummyDataset):
     """DummyDataset whose items also hold `cond`, the boxes that the model is shown, and `foreground` (f, n, 4), where
     the objects are. Boxes are drawn into frames 1 on with --draw_boxes; frame 0, the condition, is always clean."""
 
-    def __init__(self, options, base_folder, *args):
-        super().__init__(base_folder, *args)
-        self.options, bare, some = options, [], folders.some(self.clips)
-        for frames, _ in map(self.clips.__getitem__, some):
-            own, _ = self.boxes_of(frames)
-            bare += [frames[0].parent.name] * (not own.ids)
-            if own.ids and len(own) != len(frames):
-                logger.warning("%s: boxes for %d frames, but there are %d", frames[0].parent, len(own), len(frames))
+    def __init__(self, options, *args):
+        super().__init__(*args)
+        self.options, bare, some = options, [], order.some(self.clips)
+        for clip in (self.clips[int(i)] for i in some):
+            own, _ = self.boxes_of(clip)
+            bare += [clip.stem] * (not own.ids)
+            if own.ids and len(own) != len(clip):
+                logger.warning("%s: boxes for %d frames, but there are %d", clip.path, len(own), len(clip))
         source = f"--tracklets {options.tracklets or 'in the video folders'}"
         if len(bare) == len(some):
             raise ValueError(f"{source}: no boxes for any video; expected a file naming {bare[0]}, or {bare[0]}.json")
         if bare:
             logger.warning("%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5]))
 
-    def boxes_of(self, frames):
+    def boxes_of(self, clip):
         """(Tracklets of a video's frames, size of these)."""
-        folder, size = frames[0].parent, video.picture_size(frames)
-        own = t.tracklets_of(self.options.tracklets or folder.parent, folder.name, size, len(self.clips) == 1)
-        return own or t.Tracklets.empty(len(frames)), size
+        size = clip.picture_size()
+        own = t.of_clip(clip.path, self.options.tracklets, size, only=len(self.clips) == 1)
+        return own or t.Tracklets.empty(len(clip)), size
 
-    def read_window(self, frames, start, index):
-        item, (own, size), options = super().read_window(frames, start, index), self.boxes_of(frames), self.options
+    def read_window(self, clip, frames, index):
+        item, (own, size), options = super().read_window(clip, frames, index), self.boxes_of(clip), self.options
         rng = np.random.default_rng((self.seed, index, 1))
-        how = self.sample_frames, options.max_objects, options.min_box_size
-        boxes = t.fit(own, size, *self.size, self.resize_mode, start, *how).shuffled_colors(rng)
+        how = *clip.size, self.resize_mode, frames, options.max_objects, options.min_box_size
+        boxes = t.fit(own, size, *how).shuffled_colors(rng)
         boxes = boxes.none() if rng.random() < options.box_dropout else boxes
         if options.draw_boxes == "yes":
             item["pixel_values"] = t.draw_boxes(item["pixel_values"], boxes)
@@ -73,7 +74,7 @@ def tracklet_loss(model, pipe, batch, args):
 
     if args.foreground_weight != 1:
         scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        size = args.height // scale, args.width // scale
+        size = (side // scale for side in batch["pixel_values"].shape[-2:])
         batch = {**batch, "pixel_weight": foreground_weight(batch["foreground"], *size, args.foreground_weight)}
     return svd_loss(model, pipe, batch, args)
 
@@ -109,29 +110,28 @@ def export_boxes(pipe, unet, args):
 
 def validation_boxes(i, args):
     """Tracklets of validation image i: --validation_tracklets, or its own video's from that frame on; None: it has none."""
-    path = Path(args.validation_image[i])
-    size, start, folder = video.picture_size([path]), 0, path.parent
+    path, told = args.validation_image[i], args.validation[i]
+    size, frames = load_picture(path).size, range(args.num_frames)
     if args.validation_tracklets:
         own = t.tracklets_for(args.validation_tracklets[i], path, size)
     else:
-        among = folder.parent.absolute() in map(Path.absolute, map(Path, args.base_folder))
-        own = t.tracklets_of(args.tracklets or folder.parent, folder.name, size, only=among)
-        start = video.list_frames(folder).index(path)
-    how = args.width, args.height, args.resize_mode, start, args.num_frames, args.max_objects
-    return own and t.fit(own, size, *how)
+        clip, frames = Path(told["clip"] or path).absolute(), told["frames"] or frames
+        among = clip.parent in map(Path.absolute, map(Path, args.base_folder))
+        own = t.of_clip(clip, args.tracklets, size, only=among)
+    return own and t.fit(own, size, args.width, args.height, args.resize_mode, frames, args.max_objects)
 
 
 def validate_boxes(pipe, unet, step, args):
     """Render each image under its boxes, as train_svd.py does, clean and beside that with the boxes in view."""
     clips = []
-    for i, path in enumerate(args.validation_image):
+    for i, (path, told) in enumerate(zip(args.validation_image, args.validation)):
         boxes = validation_boxes(i, args)
         unet.adapter.set(boxes and boxes.relaxed())
-        one = argparse.Namespace(**{**vars(args), "validation_image": [path]})
+        one = argparse.Namespace(**{**vars(args), "validation_image": [path], "validation": [told]})
         for name, image, frames in validate(pipe, unet, step, one):
             if boxes:
-                frames = t.beside(frames, boxes)
-                video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, args.fps)
+                frames, stem = t.beside(frames, boxes), Path(args.output_dir, "validation", f"step{step:06d}_{name}")
+                video.write_clip(stem, frames, told["fps"])
             clips.append((name, image, frames))
     unet.adapter.set(None)
     return clips

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from svd_xtend import folders
+from svd_xtend import folders, order
 
 
 def make(root, videos, frames):
@@ -38,9 +38,9 @@ def private(pid="self"):
 
 def worker(clips, count, answer):
     """What a loader process does: looks clips up, anywhere."""
-    order, before, began = folders.Order(clips.sizes, None, 0), private(), time.perf_counter()
+    drawn, before, began = order.Order(clips.pools(), 0), private(), time.perf_counter()
     for index in range(count):
-        clips[next(order.choices(index))]
+        clips[next(drawn.choices(index))]
     answer.put(((time.perf_counter() - began) / count, private() - before))
 
 
@@ -52,11 +52,11 @@ def main(args):
         seconds = {}
         for name in ("first start", "next start"):
             began = time.perf_counter()
-            clips = folders.Clips(root, args.frames, 7, 127)
+            clips = order.Clips(root, args.frames)
             seconds[name] = time.perf_counter() - began
         os.remove(Path(root, "video_0", "0000.jpg"))
         began = time.perf_counter()
-        assert len(folders.Clips(root, args.frames, 7, 127)) == args.videos - 1
+        assert len(order.Clips(root, args.frames)) == args.videos - 1
         seconds["after one has changed"] = time.perf_counter() - began
         answer = multiprocessing.Queue()
         process = multiprocessing.get_context("fork").Process(target=worker, args=(clips, 20000, answer))

@@ -51,12 +51,12 @@ def write_frames(folder, suffix, num_frames):
         picture.save(Path(folder, "pan", f"{f:03}.{suffix}"), **FORMATS[suffix])
 
 
-def write_cache(folder, frames, width, height):
+def write_cache(folder, clip, width, height):
     """A latent cache of the video in SVD's shapes and half precision; random values, read as fast as true ones."""
     Path(folder).mkdir(parents=True)
-    tensors = {name: torch.randn(len(frames), 4, height // 8, width // 8).half() for name in ("mean", "std")}
-    tensors["image_embeds"] = torch.randn(len(frames), 1024).half()
-    cache.write(folder, frames, cache.digest_of_frames(frames), tensors)
+    tensors = {name: torch.randn(len(clip), 4, height // 8, width // 8).half() for name in ("mean", "std")}
+    tensors["image_embeds"] = torch.randn(len(clip), 1024).half()
+    cache.write(folder, clip, cache.digest_of(clip), tensors)
     return folder
 
 
@@ -75,7 +75,7 @@ def variants(folder, latent_cache, width, height, num_frames):
     """{name: reads the clip}: the full decode first, what the others are compared with."""
     frames, how = video.list_frames(Path(folder, "pan")), (width, height, num_frames, 7, 127, "crop", 0)
     ours = DummyDataset(folder, *how)
-    cached = DummyDataset(folder, *how, write_cache(latent_cache, frames, width, height))
+    cached = DummyDataset(folder, *how, write_cache(latent_cache, ours.clips[0], width, height))
     full = partial(full_decode, frames, width, height)
     return {"full decode": full, "ours": partial(ours.__getitem__, 0), "cached": partial(cached.__getitem__, 0)}
 

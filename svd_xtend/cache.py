@@ -2,7 +2,7 @@
 
     <cache>/cache.json              which models, size and crop it was made with
     <cache>/<video>.safetensors     of each frame: mean and std of the VAE's posterior, CLIP embedding; in the metadata a
-                                    digest of the frame files' names, sizes and times
+                                    digest of the files' names, sizes and times, and the size of a frame
 
 Per frame, not per clip: any window start is free. Every step still encodes one frame, the noised condition.
 """
@@ -14,16 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend.folders import some
+from svd_xtend.order import some
 from svd_xtend.video import patiently
 
 INFO = "cache.json"
-
-
-def digest_of_frames(frames):
-    """Changes when a frame file is added, removed, renamed or written again."""
-    told = [(Path(f).name, s.st_size, s.st_mtime_ns) for f, s in ((f, patiently(os.stat, f)) for f in frames)]
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def digest_of_models(pipe):
@@ -71,45 +65,50 @@ def check(folder, *how):
             )
 
 
-def cache_file(folder, frames):
-    """Where the cache of a video folder is."""
-    return Path(folder, f"{Path(frames[0]).parent.name}.safetensors")
+def cache_file(folder, clip):
+    """Where the cache of a video is."""
+    return Path(folder, f"{clip.path.name}.safetensors")
 
 
-def is_fresh(folder, frames):
-    """Whether the video's cache is there, with a whole header, and of the frames as they are now."""
+def is_fresh(folder, clip):
+    """Whether the video's cache is there, with a whole header, and of the frames as they are now, in this size."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with patiently(lambda file: safe_open(file, "np"), cache_file(folder, frames)) as f:
-            return (f.metadata() or {}).get("frames") == digest_of_frames(frames)
+        with patiently(lambda file: safe_open(file, "np"), cache_file(folder, clip)) as f:
+            return (f.metadata() or {}).get("frames") == digest_of(clip)
     except (OSError, SafetensorError):
         return False
 
 
-def write(folder, frames, digest, tensors):
-    """Write a video's cache whole or not at all. digest: of the frames, from before they were read; tensors: mean and std
+def digest_of(clip):
+    """Changes when a file of the clip does, or the size in which it is sampled."""
+    return f"{clip.digest()} {clip.size[0]}x{clip.size[1]}"
+
+
+def write(folder, clip, digest, tensors):
+    """Write a video's cache whole or not at all. digest: digest_of, from before it was read; tensors: mean and std
     (f, 4, h, w), image_embeds (f, d), or none of a video that cannot be read."""
     from safetensors.torch import save_file
 
-    file = cache_file(folder, frames)
+    file = cache_file(folder, clip)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"frames": digest})
     os.replace(partial, file)
 
 
-def read_window(folder, frames, start, length):
-    """{moments (2, f, 4, h, w), image_embeds (1, d)} of frames start .. start + length, float32.
+def read_window(folder, clip, frames):
+    """{moments (2, f, 4, h, w), image_embeds (1, d)} of these frames of a clip, float32.
 
     Raises ValueError with the file in front where it is missing, damaged, or of a video that could not be read."""
     from safetensors import SafetensorError, safe_open
 
-    file = cache_file(folder, frames)
+    file, start = cache_file(folder, clip), int(frames[0])
     try:
         with patiently(lambda file: safe_open(file, "pt"), file) as f:
-            if (f.metadata() or {}).get("frames") != digest_of_frames(frames):
+            if (f.metadata() or {}).get("frames") != digest_of(clip):
                 raise ValueError(f"{file}: its frames have changed since; run cache_latents.py again")
-            cut = {name: f.get_slice(name)[start : start + length].float() for name in ("mean", "std")}
+            cut = {name: f.get_slice(name)[start : frames[-1] + 1][frames - start].float() for name in ("mean", "std")}
             image_embeds = f.get_slice("image_embeds")[start : start + 1].float()
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -127,8 +126,8 @@ def check_names(folder, clips):
 def check_videos(folder, clips):
     """Raise where a video of `clips` has no fresh cache. Of very many some are looked at: all are when they are read."""
     check_names(folder, clips)
-    videos = [clips[i][0] for i in some(clips)]
-    stale = [frames[0].parent.name for frames in videos if not is_fresh(folder, frames)]
+    videos = [clips[int(i)] for i in some(clips)]
+    stale = [clip.path.name for clip in videos if not is_fresh(folder, clip)]
     if stale:
         raise ValueError(
             f"--latent_cache {folder}: {len(stale)} of {len(videos)} videos are missing, damaged or have changed since, "

@@ -102,9 +102,12 @@ def in_batches(forward):
 
 
 def blend(mixer, x_spatial, x_temporal, image_only_indicator=None):
-    """AlphaBlender's alpha x_spatial + (1 - alpha) x_temporal, in one pass."""
+    """AlphaBlender's alpha x_spatial + (1 - alpha) x_temporal, in one pass. A clip of one frame is a picture: SVD's own
+    indicator, which diffusers always sets to zeros, then says so, and alpha is 1."""
     import torch
 
+    if image_only_indicator is not None and image_only_indicator.shape[-1] == 1:
+        image_only_indicator = torch.ones_like(image_only_indicator)
     alpha = mixer.get_alpha(image_only_indicator, x_spatial.ndim).to(x_spatial.dtype)
     alpha = 1 - alpha if mixer.switch_spatial_to_temporal_mix else alpha
     return torch.lerp(x_temporal, x_spatial, alpha)

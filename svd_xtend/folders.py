@@ -1,15 +1,13 @@
-"""Which videos a --base_folder holds, and which of them a sample shows: the same for ten videos and for a million.
+"""What a --base_folder holds, video folders, video files and pictures: the same for ten of them and for a million.
 
-    clips = Clips(["/data/a", "/data/b"], least=14, fps=7, motion_bucket_id=127)
-    frames, told = clips[5]                  # frame files in natural order, {"fps": 7, "motion_bucket_id": 127}
-    order = Order(clips.sizes, weights=[3, 1], seed=0)
-    next(order.choices(123456))              # the clip of global sample index 123456
+    listing = Listing("/data/a")
+    listing.fill(motion=True)                # look into those that were not looked into yet
+    listing.clip(3)                          # its frames by number; listing.note(3): what else is known of it
 
-Folders are listed once. What was found is kept in one file of ~/.cache/svd_xtend for each, by which the next start asks
-only for folders that have changed since, and which loader processes read from where it lies instead of copying it.
+Folders are listed once, and what is in them is looked at once. What was found is kept in one file of ~/.cache/svd_xtend for each, by
+which the next start asks only for what has changed since, and which loader processes read from where it lies instead of copying it.
 """
 
-import collections
 import contextlib
 import hashlib
 import itertools
@@ -18,68 +16,82 @@ import logging
 import os
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import video
+from svd_xtend import decode, video
+from svd_xtend.clips import Clip, read_clip_json, told_of
 
 logger = logging.getLogger("svd_xtend")
 
-CYCLE = 1000  # samples over which several folders keep the ratio of their weights
 SETTLED = 2e9  # nanoseconds; what is younger may change again without a later time of change
-LOOKED_AT = 1000  # videos
 THREADS = 8  # that wait for a network file system
+SAVED_EVERY = 60  # seconds of looking that a killed run can lose
+FRAMES, FILE, STILL, TEXT = range(4)  # kinds: a folder of frames, a video file, a picture; what tells of them
+TEXTS = {".txt", ".json", ".jsonl", ".csv", ".md"}
+SOURCE_FPS = 7  # frames a second of a folder that does not tell, where nobody does
+COLUMNS = {  # of an index, one value a clip: type, and what stands there until it is known
+    "counts": (np.int32, 0), "rates": (np.float64, np.nan), "buckets": (np.float32, np.nan), "widths": (np.int32, 0),
+    "heights": (np.int32, 0), "motions": (np.float32, np.nan), "looked": (bool, False), "checked": (bool, False),
+    "jsons": (np.int64, 0),
+}  # fmt: skip
 
 
-def read_clip_json(folder, told):
-    """`told`, fps and motion bucket, with what a video's clip.json says instead."""
-    file = Path(folder, "clip.json")
-    try:
-        own = json.loads(video.read_bytes(file))
-        return {key: float(own.get(key, value)) for key, value in told.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f'{file}: expected {{"fps": 7, "motion_bucket_id": 127}}, got: {error}') from error
+def read_metadata(root):
+    """{name: what metadata.jsonl at the root says of that clip}, as Hugging Face's data sets have it."""
+    file, found = Path(root, "metadata.jsonl"), {}
+    if not file.is_file():
+        return found
+    for i, line in enumerate(video.read_bytes(file).decode("utf-8", "replace").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                found[str(row["file_name"]).strip("/")] = told_of(row)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                expected = '{"file_name": "a.mp4", "caption": "a dog"}'
+                raise ValueError(f"{file}: line {i}: expected {expected}, got: {error!r}") from error
+    return found
 
 
 class Listing:
-    """The video folders of one base folder, in natural order, and their frames.
+    """The clips of one base folder, in natural order.
 
-    arrays: `names` of the folders one after the other, each up to its place in `name_ends`; `frames` and `ends` likewise,
-    of the frames of each, joined by "/", and their `counts`; `times` when each folder had last changed; `told` whether it
-    has a clip.json."""
+    arrays: of each clip its kind, `counts` of frames, `rates` (frames a second; NaN: a folder that does not tell), told
+    `buckets` (NaN: none), `widths` and `heights` (0: not looked at), `motions` (motion.score; NaN: not looked at), `looked`: a
+    video file that was, `checked`: one whose every frame was decoded; `stamps` tell whether it has changed, `jsons` when its
+    clip.json did. `names`, `frames` (those of a folder, joined by "/") and `notes` (JSON) lie one after the other, each up to
+    its place in `name_ends`, `frame_ends`, `note_ends`. stray: [(name, why it is no clip)]."""
 
     def __init__(self, root):
         self.root, self.file = Path(root), index_file(root)
         if not self.root.is_dir():
-            raise ValueError(f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg")
-        folders, self.stray = {}, []
-        with os.scandir(self.root) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders[entry.name] = entry.stat().st_mtime_ns
-                else:
-                    self.stray.append(entry.name)
+            raise ValueError(
+                f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg or .mp4 files"
+            )
         self.arrays = load(self.file)
-        times = self.arrays["times"].tolist() if self.arrays else ()
-        known = {n: i for i, (n, t) in enumerate(zip(self.names(), times)) if folders.get(n) == t}
-        if self.arrays is None or not len(known) == len(folders) == len(times):
-            self.arrays = self.list_changed(folders, known)
-            save(self.arrays, self.file)
-            self.arrays = load(self.file) or self.arrays
+        names = self.names()
+        jsons, stamps = (self.arrays[k].tolist() for k in ("jsons", "stamps")) if names else ((), ())
+        self.metadata = read_metadata(self.root)
+        found = self.scan({name for name, time in zip(names, jsons) if time})
+        known = {
+            n: i for i, (n, s) in enumerate(zip(names, stamps)) if s != -1 and n in found and stamp(*found[n]) == s
+        }
+        if self.arrays is None or not len(known) == len(found) == len(names):
+            self.keep(self.list_changed(found, known))
+        del self.metadata, self.texts
 
     def __getstate__(self):
         """For loader processes that are not forked: not the arrays, but where they lie."""
-        stamp = self.arrays["stamp"].tobytes()
+        own = self.arrays["stamp"].tobytes()
         kept = load(self.file)
-        there = kept is not None and kept["stamp"].tobytes() == stamp
+        there = kept is not None and kept["stamp"].tobytes() == own
         return {
             **vars(self),
             "arrays": None if there else {k: np.array(v) for k, v in self.arrays.items()},
-            "stamp": stamp,
+            "stamp": own,
         }
 
     def __setstate__(self, state):
@@ -90,70 +102,248 @@ class Listing:
                 f"--base_folder {self.root}: was listed anew by another run while this one began; start again"
             )
 
+    def keep(self, arrays):
+        """Write the index, and read it from where it lies."""
+        arrays["stamp"] = np.frombuffer(os.urandom(8), np.uint8)
+        save(arrays, self.file)
+        kept = load(self.file)
+        self.arrays = kept if kept is not None and kept["stamp"].tobytes() == arrays["stamp"].tobytes() else arrays
+
     def names(self):
-        """Of the video folders, in natural order."""
-        if not self.arrays:
-            return []
-        joined, ends = bytes(self.arrays["names"]), [0, *self.arrays["name_ends"].tolist()]
-        return [os.fsdecode(joined[start:end]) for start, end in itertools.pairwise(ends)]
+        """Of all clips, in natural order."""
+        return decode_all(self.arrays["names"], self.arrays["name_ends"]) if self.arrays else []
 
     def name(self, i):
-        """Of the i-th video folder."""
-        return decode(self.arrays["names"], self.arrays["name_ends"], i)
+        """Of the i-th clip."""
+        return decode_one(self.arrays["names"], self.arrays["name_ends"], i)
 
     def frame_names(self, i):
-        """Of the frames of the i-th video folder, in natural order."""
-        joined = decode(self.arrays["frames"], self.arrays["ends"], i)
+        """Of the frames of the i-th clip, a folder, in natural order."""
+        joined = decode_one(self.arrays["frames"], self.arrays["frame_ends"], i)
         return joined.split("/") if joined else []
 
-    def list_changed(self, folders, known):
-        """The arrays, of `folders` {name: time of change}, those that are not `known` {name: place here} listed anew."""
-        from tqdm import tqdm
+    def note(self, i, raw=False):
+        """What else is known of the i-th clip: `caption`; `trouble`, why it cannot be used; of a file `start` and `rate`, or where
+        that varies `times`, seconds of its frames; `cuts`, numbers of frames that begin a new scene. raw: as JSON."""
+        note = decode_one(self.arrays["notes"], self.arrays["note_ends"], i)
+        return note if raw else json.loads(note) if note else {}
 
-        changed, now, found = [name for name in folders if name not in known], time.time_ns(), {}
+    def notes(self):
+        """Of all clips, as JSON."""
+        return decode_all(self.arrays["notes"], self.arrays["note_ends"])
+
+    # ------------------------------------------------------------------------------------------------------------ list
+
+    def scan(self, jsons):
+        """{name: (kind, times of change and sizes)} of the clips that are there. jsons: those known to have a clip.json."""
+        found, self.texts, self.stray = {}, {}, []
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    kind, told = kind_of(entry), entry.stat()
+                except OSError as error:  # links that go round in circles, or to nothing
+                    self.stray.append((entry.name, error.strerror))
+                    continue
+                if kind is None:
+                    self.stray.append((entry.name, "is no picture, video or folder"))
+                elif kind == TEXT:
+                    self.texts[entry.name] = told.st_mtime_ns
+                else:
+                    found[entry.name] = kind, [told.st_mtime_ns] + [told.st_size] * (kind != FRAMES)
+        for name, (kind, told) in found.items():
+            told.append(self.texts.get(caption_file(name, kind), 0) if self.texts else 0)
+            if name in self.metadata:
+                told.append(zlib.crc32(repr(self.metadata[name]).encode()))
+            if name in jsons:
+                with contextlib.suppress(OSError):  # it is gone; then the folder has changed, too
+                    told.append(os.stat(os.path.join(self.root, name, "clip.json")).st_mtime_ns)
+        return found
+
+    def list_changed(self, found, known):
+        """The arrays, of `found` as `scan` tells it, those that are not `known` {name: place here} listed anew."""
+        changed, fresh = [(name, kind) for name, (kind, _) in found.items() if name not in known], {}
         # of a hundred each: a task for one folder would take longer to hand out than to do
         parts = [changed[i : i + 100] for i in range(0, len(changed), 100)]
-        with (
-            ThreadPoolExecutor(THREADS) as pool,
-            tqdm(total=len(changed), desc=f"listing {self.root}", delay=2) as bar,
-        ):
-            for part, looked in zip(parts, pool.map(lambda part: list(map(self.look, part)), parts)):
-                found.update(zip(part, looked))
+        with ThreadPoolExecutor(THREADS) as pool, progress(len(changed), f"listing {self.root}") as bar:
+            for part, rows in zip(parts, pool.map(lambda part: [self.list_one(*p) for p in part], parts)):
+                fresh.update(zip((name for name, _ in part), rows))
                 bar.update(len(part))
-        names, parts, counts, told = sorted(folders, key=video.natural_key), [], [], []
-        for name in names:
-            i = known.get(name)
-            frames, has = found[name] if i is None else (self.frame_names(i), self.arrays["told"][i])
-            parts.append("/".join(frames))
-            counts.append(len(frames))
-            told.append(has)
-        joined, name_ends = encode(names)
-        frames, ends = encode(parts)
-        return {
-            "stamp": np.frombuffer(os.urandom(8), np.uint8),
-            "times": np.array([t if now - t > SETTLED else -1 for t in map(folders.get, names)], np.int64),
-            "counts": np.array(counts, np.int32), "told": np.array(told, bool),
-            "name_ends": name_ends, "names": joined, "ends": ends, "frames": frames,
-        }  # fmt: skip
+        names = sorted(found, key=video.natural_key)
+        places = [known.get(name, -1) for name in names]
+        rows = [fresh[name] if place < 0 else None for name, place in zip(names, places)]
+        arrays = {column: np.full(len(names), default, kind) for column, (kind, default) in COLUMNS.items()}
+        kept = np.flatnonzero(np.array(places, int) >= 0)
+        for column, values in arrays.items():
+            if len(kept):
+                values[kept] = self.arrays[column][np.array(places)[kept]]
+            for i, row in enumerate(rows):
+                if row and column in row:
+                    values[i] = row[column]
+        for name, row in fresh.items():
+            found[name][1].extend([row["jsons"]] if "jsons" in row else [])
+        arrays["kinds"] = np.array([found[name][0] for name in names], np.uint8)
+        arrays["stamps"] = np.array([stamp(*found[name]) for name in names], np.int64)
+        frames = [row["frames"] if row else self.frame_names(place) for row, place in zip(rows, places)]
+        notes = [dump(row["note"]) if row else self.note(place, raw=True) for row, place in zip(rows, places)]
+        return {**arrays, **encode("name", names), **encode("frame", map("/".join, frames)), **encode("note", notes)}
 
-    def look(self, name):
-        """(frame names of a video folder, whether it has a clip.json, which then can be read)."""
-        found = video.patiently(os.listdir, os.path.join(self.root, name))
-        has = "clip.json" in found
-        if has:
-            read_clip_json(self.root / name, {"fps": 0, "motion_bucket_id": 0})
-        return video.frame_names(found), has
+    def list_one(self, name, kind):
+        """What the names in a clip's folder tell of it, and texts: {column: value, frames, note}."""
+        path, told, note, row = self.root / name, dict(self.metadata.get(name, {})), {}, {"frames": []}
+        try:
+            if caption_file(name, kind) in self.texts:
+                told["caption"] = video.read_bytes(self.root / caption_file(name, kind)).decode("utf-8", "replace")
+            if kind == FRAMES:
+                inside = video.patiently(os.listdir, path)
+                row["frames"] = video.frame_names(inside)
+                if "clip.json" in inside:
+                    row["jsons"] = os.stat(path / "clip.json").st_mtime_ns
+                    told.update(read_clip_json(path / "clip.json"))
+                videos = sum(map(decode.is_video, inside))
+                if videos and not row["frames"]:
+                    note["trouble"] = f"holds {videos} video files: pass it as a --base_folder of its own"
+            elif kind == STILL:
+                row["widths"], row["heights"] = video.check_picture(path)
+        except (OSError, ValueError) as error:
+            note["trouble"] = why(error, self.root)
+        row["counts"] = len(row["frames"]) if kind == FRAMES else int(kind == STILL)
+        row["rates"], row["buckets"] = told.get("fps", np.nan), told.get("motion_bucket_id", np.nan)
+        if told.get("caption", "").strip():
+            note["caption"] = told["caption"].strip()
+        return {**row, "note": note}
+
+    # ------------------------------------------------------------------------------------------------------------ look
+
+    def fill(self, sizes=False, motions=False, look=None):
+        """Look into all video files that were not looked into yet; with `sizes`, and `motions`, also for those of folders.
+        What was found is kept every minute, for a run that is killed. look: another way, into all that it has not seen."""
+        a, columns = self.arrays, {name: np.array(self.arrays[name]) for name in COLUMNS}
+        of_frames = (a["kinds"] == FRAMES) & (a["counts"] > 0)
+        todo = (a["kinds"] == FILE) & ~a["looked"]
+        todo = todo | of_frames & (a["widths"] == 0) if sizes else todo
+        todo = todo | of_frames & np.isnan(a["motions"]) & np.isnan(a["buckets"]) if motions else todo
+        todo = (a["kinds"] != STILL) & ~a["checked"] if look else todo
+        todo = [int(i) for i in np.flatnonzero(todo) if look or "trouble" not in self.note(i)]
+        if not todo:
+            return
+        notes, saved = self.notes(), time.monotonic()
+        with ThreadPoolExecutor(os.cpu_count()) as pool, progress(len(todo), f"looking into {self.root}") as bar:
+            for i, (row, note) in in_turn(pool, look or (lambda i: self.look(i, motions)), todo):
+                for name, value in row.items():
+                    columns[name][i] = value
+                notes[i] = dump(note)
+                bar.update()
+                if time.monotonic() - saved > SAVED_EVERY:
+                    save({**a, **columns, **encode("note", notes)}, self.file)
+                    saved = time.monotonic()
+        self.keep({**a, **columns, **encode("note", notes)})
+
+    def look(self, i, motions=True):
+        """(columns, note) of the i-th clip, which is a folder or a video file: its size, and its motion or, in a file, when its
+        frames are shown. What of it is decoded for that has to be whole."""
+        note, row = self.note(i), {}
+        try:
+            keys = ()
+            if self.arrays["kinds"][i] == FILE:
+                row["looked"] = True
+                film = decode.probe(self.root / self.name(i))
+                keys, note["start"], note["rate"] = film.keys, float(film.times[0]), film.rate
+                if not film.is_regular():
+                    note["times"] = film.times.tolist()
+                row.update(counts=len(film.times), widths=film.width, heights=film.height)
+                told = self.arrays["rates"][i]
+                clip = Clip(self.root / self.name(i), [], film.rate if np.isnan(told) else float(told), film.times)
+                row["rates"] = clip.rate
+            else:
+                clip = self.clip(i, SOURCE_FPS)
+                row["widths"], row["heights"] = clip.picture_size()
+            if motions or not clip.files:
+                row["motions"] = clip.motion(keys)
+        except (OSError, ValueError) as error:
+            note["trouble"] = why(error, self.root)
+        return row, note
+
+    def clip(self, i, rate, size=None, **told):
+        """The i-th clip. rate: frames a second of a folder that does not tell; size, told: see Clip."""
+        a, note, times = self.arrays, self.note(i), None
+        if a["kinds"][i] == FILE:
+            regular = "times" not in note
+            times = note["start"] + np.arange(a["counts"][i]) / note["rate"] if regular else np.array(note["times"])
+        rate = rate if np.isnan(a["rates"][i]) else float(a["rates"][i])
+        told = {**told, "caption": note.get("caption", "")}
+        own = (int(a["widths"][i]), int(a["heights"][i])) if a["widths"][i] else None
+        return Clip(self.root / self.name(i), self.frame_names(i), rate, times, own, size, told)
 
 
-def encode(names):
-    """(names one after the other as bytes, where each ends), whatever a file system allows in them."""
-    parts = [os.fsencode(name) for name in names]
-    return np.frombuffer(b"".join(parts), np.uint8), np.cumsum([len(part) for part in parts], dtype=np.int64)
+def kind_of(entry):
+    """FRAMES, FILE, STILL, TEXT, or None: of something that is there, in a folder."""
+    if entry.is_dir():
+        return FRAMES
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if not entry.is_file():  # pipes, links to nothing
+        return None
+    if decode.is_video(entry.name):
+        return FILE
+    return TEXT if suffix in TEXTS else STILL if suffix in video.FRAME_SUFFIXES else None
 
 
-def decode(joined, ends, i):
-    """The i-th name."""
+def caption_file(name, kind):
+    """The text beside a clip that is its caption."""
+    return f"{name if kind == FRAMES else os.path.splitext(name)[0]}.txt"
+
+
+def stamp(kind, told):
+    """A number that changes when a clip does; -1 of one that may still be written to without a later time of change."""
+    return hash((kind, *told)) if time.time_ns() - max(told) > SETTLED else -1
+
+
+def why(error, root):
+    """What is wrong with a clip, without the folder in which it is."""
+    return (getattr(error, "strerror", None) or str(error)).replace(f"{root}{os.sep}", "")
+
+
+def progress(total, told):
+    """A bar, where it takes longer than two seconds."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=told, delay=2)
+
+
+def in_turn(pool, function, items):
+    """(item, function(item)) of each, as they end; a few wait at a time, so that memory is bounded."""
+    waiting = {}
+    for item in items:
+        if len(waiting) >= 4 * pool._max_workers:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield waiting.pop(future), future.result()
+        waiting[pool.submit(function, item)] = item
+    for future in as_completed(waiting):
+        yield waiting[future], future.result()
+
+
+def dump(note):
+    return json.dumps(note) if note else ""
+
+
+def encode(what, strings):
+    """{<what>s: the strings one after the other as bytes, <what>_ends: where each ends}, whatever a file system allows."""
+    parts = [os.fsencode(string) for string in strings]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return {f"{what}s": np.frombuffer(b"".join(parts), np.uint8), f"{what}_ends": ends}
+
+
+def decode_one(joined, ends, i):
+    """The i-th string."""
     return os.fsdecode(bytes(joined[ends[i - 1] if i else 0 : ends[i]]))
+
+
+def decode_all(joined, ends):
+    """All of them."""
+    joined, ends = bytes(joined), [0, *ends.tolist()]
+    return [os.fsdecode(joined[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def index_file(root):
@@ -196,120 +386,3 @@ def save(arrays, file):
         logger.warning("%s: not written (%s); the next start lists the folder again", file, error.strerror)
         with contextlib.suppress(OSError):
             partial.unlink()
-
-
-def some(clips):
-    """Places in a sequence to look at before a run starts: all, or of more than LOOKED_AT as many, spread evenly."""
-    return np.unique(np.linspace(0, len(clips) - 1, LOOKED_AT).astype(int))
-
-
-class Clips:
-    """The videos of some base folders that have at least `least` frames, a sequence of (frames, {fps, motion_bucket_id}):
-    made when asked for, so that a million of them is a few arrays."""
-
-    def __init__(self, base_folders, least, fps, motion_bucket_id):
-        self.told = {"fps": fps, "motion_bucket_id": motion_bucket_id}
-        roots = [base_folders] if isinstance(base_folders, (str, Path)) else base_folders
-        self.listings = [Listing(root) for root in roots]
-        self.kept = [np.flatnonzero(listing.arrays["counts"] >= least) for listing in self.listings]
-        self.sizes = [len(kept) for kept in self.kept]
-        for listing, kept in zip(self.listings, self.kept):
-            self.report(listing, kept, least)
-
-    @staticmethod
-    def report(listing, kept, least):
-        """Warn of what is left out; raise where that is all."""
-        counts = listing.arrays["counts"]
-        short = np.flatnonzero(counts < least)
-        if len(short) or listing.stray:
-            told = [f"{listing.name(i)} ({counts[i]} frames)" for i in short[:5]]
-            told += [f"{n} (a file)" for n in listing.stray]
-            shown = ", ".join(told[:5]) + ", ..." * (len(told) > 5 or len(short) > 5)
-            count = len(short) + len(listing.stray)
-            logger.warning(
-                "--base_folder %s: skipped %d entries without %d frames: %s", listing.root, count, least, shown
-            )
-        if not len(kept):
-            raise ValueError(
-                f"--base_folder {listing.root}: no video folder holds {least} frames. Expected "
-                f"{listing.root}/<video>/<frame>.jpg; lower --num_frames or extract more frames."
-            )
-
-    def digest(self):
-        """The same wherever the same videos of the same frames were found."""
-        digest = hashlib.blake2b(repr(self.sizes).encode(), digest_size=16)
-        for listing in self.listings:
-            for name in ("names", "name_ends", "counts", "frames"):
-                digest.update(np.ascontiguousarray(listing.arrays[name]))
-        return digest.hexdigest()
-
-    def twice(self):
-        """The name of a video that two of the base folders have, or None."""
-        names = [name for listing in self.listings for name in listing.names()] if len(self.listings) > 1 else []
-        return next((name for name, count in collections.Counter(names).items() if count > 1), None)
-
-    def __len__(self):
-        return sum(self.sizes)
-
-    def __getitem__(self, clip):
-        for listing, kept in zip(self.listings, self.kept):
-            if clip < len(kept):
-                i = kept[clip]
-                folder = listing.root / listing.name(i)
-                told = read_clip_json(folder, self.told) if listing.arrays["told"][i] else self.told
-                return [folder / name for name in listing.frame_names(i)], told
-            clip -= len(kept)
-        raise IndexError(clip)
-
-
-class Order:
-    """Which clips, of pools of `sizes`, a global sample index shows. Each pass over a pool is a fresh permutation keyed by
-    (seed, pass). Without weights all are one pool; with them each is one, and of every CYCLE samples, in an order keyed by
-    (seed, cycle), a pool has its share. Any index can be asked for, in any order."""
-
-    def __init__(self, sizes, weights, seed):
-        self.seed = seed
-        self.sizes = [sum(sizes)] if weights is None else list(sizes)
-        self.starts = [0, *itertools.accumulate(self.sizes)]
-        self.shares, self.kept = self.share(weights or [1]), {}
-
-    @staticmethod
-    def share(weights):
-        """Samples of a cycle that each pool has: largest remainders, and at least one."""
-        exact = np.array(weights, float) / sum(weights) * CYCLE
-        shares = np.floor(exact).astype(int)
-        shares[np.argsort(shares - exact, kind="stable")[: CYCLE - shares.sum()]] += 1
-        if not shares.all():
-            raise ValueError(
-                f"--folder_weights {' '.join(map(str, weights))}: one is less than 1/{CYCLE} of their sum"
-            )
-        return shares
-
-    def remembered(self, key, make):
-        """make(), once in a row for a key: samples of a pass follow each other. Of each kind and pool one is kept."""
-        if self.kept.get(key[:2], (None,))[0] != key:
-            self.kept[key[:2]] = key, make()
-        return self.kept[key[:2]][1]
-
-    def place(self, index):
-        """(pool, how many of its samples came before) of a sample index."""
-        if len(self.sizes) == 1:
-            return 0, index
-        cycle, i = divmod(index, CYCLE)
-
-        def turns():
-            pools = np.repeat(np.arange(len(self.sizes)), self.shares)
-            return np.random.default_rng((self.seed, cycle, 2)).permutation(pools)
-
-        pools = self.remembered(("turns", 0, cycle), turns)
-        return int(pools[i]), int(cycle * self.shares[pools[i]] + (pools[:i] == pools[i]).sum())
-
-    def choices(self, index):
-        """The clip of a sample index, and then those that stand in, one after the other, where it cannot be read."""
-        pool, before = self.place(index)
-        size = self.sizes[pool]
-        epoch, place = divmod(before, size)
-        key = (self.seed, epoch) if len(self.sizes) == 1 else (self.seed, epoch, 3, pool)
-        order = self.remembered(("pass", pool, epoch), lambda: np.random.default_rng(key).permutation(size))
-        for i in range(size):
-            yield self.starts[pool] + int(order[(place + i) % size])

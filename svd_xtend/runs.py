@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from svd_xtend import clips, motion
+
 logger = logging.getLogger("svd_xtend")
 
 
@@ -129,14 +131,17 @@ def writing(output_dir):
         ) from error
 
 
-def record_args(accelerator, args):
-    """Write the resolved flags to <output_dir>/args.json and hand them to the tracker; the main process does."""
+def record_args(accelerator, args, data):
+    """Write the resolved flags to <output_dir>/args.json and hand them to the tracker, and draw where motion_bucket_id is by
+    motion how that is distributed; the main process does."""
     if not accelerator.is_main_process:
         return
     told = {name: value for name, value in vars(args).items() if name != "hub_token"}
     with writing(args.output_dir):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
+        if args.motion_bucket_id == "auto" and len(data.scores):
+            motion.plot(Path(args.output_dir, "motion.png"), data.scores, f"motion of {len(data.scores)} clips")
     if args.report_to != "none":
         shown = {k: v if isinstance(v, (int, float)) else str(v) for k, v in told.items()}
         accelerator.init_trackers("svd_xtend", shown)
@@ -144,7 +149,8 @@ def record_args(accelerator, args):
 
 SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer")  # must agree on resuming
 BELONGS_TO = (
-    "pretrained_model_name_or_path", "pretrain_unet", "base_folder", "folder_weights", "width", "height", "P_mean", "P_std"
+    "pretrained_model_name_or_path", "pretrain_unet", "base_folder", "folder_weights", "fps", "source_fps",
+    "motion_bucket_id", "buckets", "image_ratio", "width", "height", "P_mean", "P_std",
 )  # fmt: skip
 
 
@@ -247,9 +253,43 @@ def ignore_signals(worker_id):
         signal.signal(number, signal.SIG_IGN)
 
 
-def log_videos(accelerator, output_dir, step, names):
-    """Hand the clips that a validation wrote to the trackers: videos to wandb, contact sheets to tensorboard."""
-    files = {name: Path(output_dir, "validation", f"step{step:06d}_{name}") for name in names}
+def settle_validation(args, data):
+    """Choose the picture to animate where none is given, and into args.validation what each is told (`fps`,
+    `motion_bucket_id`), and of those that are frames of a `clip` how it goes on: the numbers of its `frames`, and their `motion`."""
+    args.validation = []
+    if not args.validation_steps:
+        return
+    if not args.validation_image:
+        first = data[0]
+        args.validation_image = [str(first.path / first.files[0] if first.files else first.path)]
+    for path in args.validation_image:
+        told = {"fps": data.source_fps, "clip": None, "frames": None, "motion": None}
+        clip, start = clips.continuation(path, args.base_folder, data.source_fps) or (None, 0)
+        own = {} if clip is None else clip.told
+        if clip is not None:
+            told["fps"] = clip.rate if args.fps == "native" else min(clip.rate, args.fps)
+            length, told["clip"] = args.num_frames, str(clip.path)
+            told["frames"] = (start + np.arange(length) * clip.rate / told["fps"]).round().astype(int).tolist()
+            if told["frames"][-1] < len(clip):
+                frames = clip.read(clip.numbers(start, length, told["fps"]), args.width, args.height, args.resize_mode)
+                told["motion"] = motion.score(frames, 1 / told["fps"])
+        fixed = args.motion_bucket_id != "auto"
+        bucket = args.motion_bucket_id if fixed else own.get("motion_bucket_id", data.bucket_of(told["motion"]))
+        args.validation.append({**told, "motion_bucket_id": float(bucket)})
+
+
+def log_validation(accelerator, args, step, rendered):
+    """Measure how much moves in the clips of a validation, and hand them to the trackers: videos to wandb, contact sheets
+    to tensorboard. rendered: [(name, image, frames)]."""
+    rows = []
+    for told, (name, _, frames) in zip(args.validation, rendered):
+        # where boxes are in view beside it the clean picture is on the left
+        width, height = round(frames[0].height * args.width / args.height), frames[0].height
+        clean = [frame.crop((0, 0, width, height)) for frame in frames]
+        rows.append((name, motion.score(clean, 1 / told["fps"]), told["motion"]))
+    with writing(args.output_dir):
+        accelerator.log(motion.compare(args.output_dir, step, rows), step=step)
+    files = {name: Path(args.output_dir, "validation", f"step{step:06d}_{name}") for name, *_ in rendered}
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
             import wandb

@@ -64,14 +64,13 @@ class Tracklets:
         """Frames."""
         return len(self.boxes)
 
-    def window(self, start, length):
-        """Frames start .. start + length; where the annotation ends early, nothing is there."""
-        missing = max(0, start + length - len(self))
-
-        def cut(x):
-            return np.concatenate([x[start : start + length], np.zeros((min(missing, length), *x.shape[1:]), x.dtype)])
-
-        return replace(self, boxes=cut(self.boxes), valid=cut(self.valid), hard=cut(self.hard))
+    def at(self, frames):
+        """These frames, by their numbers; where the annotation ends early, nothing is there."""
+        frames = np.asarray(frames)
+        there, kept = frames < len(self), np.minimum(frames, max(len(self) - 1, 0))
+        if not len(self):
+            return Tracklets.empty(len(frames))
+        return replace(self, boxes=self.boxes[kept] * there[:, None, None], valid=self.valid[kept] & there[:, None], hard=self.hard[kept] & there[:, None])  # fmt: skip
 
     def project(self, crop):
         """As seen in `crop`, xyxy fractions of the picture. What leaves it becomes a line on its border (Boximator)."""
@@ -425,19 +424,27 @@ def write_tracklets(file, tracklets):
     Path(file).write_text(json.dumps(document))
 
 
-def tracklets_of(source, video, size, only=False):
+def tracklets_of(source, video, size, only=False, texts=True):
     """Tracklets of one video folder from `source`, an annotation file or a folder of them; None where it has none.
 
     A folder may hold <video>.json, <video>.txt, <video>/tracklets.json or <video>/gt/gt.txt. only: the folder that is
-    trained on holds no other video, so that a file of one video needs no matching name."""
+    trained on holds no other video, so that a file of one video needs no matching name. texts: <video>.txt is no caption."""
     source = Path(source)
     if source.is_dir():
-        choices = (f"{video}.json", f"{video}.txt", f"{video}/tracklets.json", f"{video}/gt/gt.txt")
+        choices = (f"{video}.json", *[f"{video}.txt"] * texts, f"{video}/tracklets.json", f"{video}/gt/gt.txt")
         file = next((source / c for c in choices if (source / c).is_file()), None)
         found = read_tracklets(file, size) if file else {}
         return next(iter(found.values()), None) if len(found) == 1 else found.get(video)
     found = read_tracklets(source, size)
     return next(iter(found.values())) if only and len(found) == 1 else found.get(video)
+
+
+def of_clip(path, source, size, only=False):
+    """Tracklets of the video at `path`, a folder of frames or a file, from `source`, as tracklets_of has it; None: those that lie
+    in it or beside it, where a <video>.txt is a caption."""
+    path = Path(path)
+    name = path.name if path.is_dir() else path.stem
+    return tracklets_of(source or path.parent, name, size, only, texts=source is not None)
 
 
 def tracklets_for(source, path, size):
@@ -461,9 +468,9 @@ def crop_of(size, width, height, resize_mode="crop"):
     return (1 - keep_x) / 2, (1 - keep_y) / 2, (1 + keep_x) / 2, (1 + keep_y) / 2
 
 
-def fit(tracklets, size, width, height, resize_mode, start, length, n, min_size=0.0):
-    """Tracklets of pictures of `size` -> those of a clip: window, crop, at most n objects, padded to n slots."""
-    seen = tracklets.window(start, length).project(crop_of(size, width, height, resize_mode))
+def fit(tracklets, size, width, height, resize_mode, frames, n, min_size=0.0):
+    """Tracklets of pictures of `size` -> those of a clip of `frames`, by their numbers: crop, at most n objects, n slots."""
+    seen = tracklets.at(frames).project(crop_of(size, width, height, resize_mode))
     return seen.select(n, min_size).pad(n)
 
 
@@ -543,7 +550,7 @@ def score(asked, found, first=1):
     from scipy.optimize import linear_sum_assignment
 
     overlaps, count, accumulator = [], 0, motmetrics.MOTAccumulator(auto_id=True)
-    found = found.window(0, len(asked))
+    found = found.at(range(len(asked)))
     for f in range(first, len(asked)):
         ours, theirs = np.flatnonzero(asked.valid[f]), np.flatnonzero(found.valid[f])
         table = iou(asked.boxes[f, ours][:, None], found.boxes[f, theirs][None])
@@ -571,7 +578,7 @@ def main(args):
         raise SystemExit(f"--video {name}: not in {args.tracklets}, which has {', '.join(list(asked)[:5])}")
     if args.score:
         found = next(iter(read_tracklets(args.score, size).values()))
-        print(json.dumps(score(asked[name].window(0, len(clip)), found), indent=1))
+        print(json.dumps(score(asked[name].at(range(len(clip))), found), indent=1))
         return
     video.write_clip(Path(args.output_dir, name), render(clip, asked[name]), args.fps)
     print(f"{Path(args.output_dir, name)}.mp4 .gif .png")

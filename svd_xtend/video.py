@@ -75,9 +75,7 @@ def load_image(path, width=None, height=None, resize_mode="crop"):
 
 
 def load_frame(path, width=None, height=None, resize_mode="crop"):
-    """load_image as an array (h, w, 3) uint8: torch's bicubic is several times faster than Pillow's, and as smooth."""
-    import torch
-
+    """load_image as an array (h, w, 3) uint8."""
     try:
         with Image.open(io.BytesIO(read_bytes(path))) as image:
             if width:
@@ -88,8 +86,15 @@ def load_frame(path, width=None, height=None, resize_mode="crop"):
     # Pillow raises all of them on damaged files
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+    return resize(pixels, width, height, resize_mode) if width else pixels
+
+
+def resize(pixels, width, height, resize_mode="crop"):
+    """Pixels (h, w, 3) uint8 at another size, as load_image does it: torch's bicubic, several times faster than Pillow's."""
+    import torch
+
     h, w = pixels.shape[:2]
-    if not width or (w, h) == (width, height):
+    if (w, h) == (width, height):
         return pixels
     if resize_mode == "crop":
         scale = min(w / width, h / height)
@@ -111,6 +116,23 @@ def picture_size(paths):
         except (OSError, ValueError, SyntaxError):
             continue
     raise ValueError(f"{paths[0]}: cannot be read as a picture, nor can {len(paths) - 1} others beside it")
+
+
+def check_picture(path):
+    """(width, height) of a picture whose header, and of a PNG whose every checksum, is right; ValueError where it is not, or
+    where a JPEG lacks its end. Nothing is decoded: what is damaged within may still show only when it is read."""
+    try:
+        content = read_bytes(path)
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            turned, kind = image.getexif().get(0x0112, 1) >= 5, image.format
+            image.verify()
+    # Pillow raises all of them on damaged files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+    if kind == "JPEG" and b"\xff\xd9" not in content[-64:]:
+        raise ValueError(f"{path}: cannot be read as a picture (it ends early)")
+    return (height, width) if turned else (width, height)
 
 
 def to_rgb(image):

@@ -395,7 +395,7 @@ def test_a_batch_or_a_length_that_the_boxes_do_not_fit_is_one_clear_error(unet):
     adapter.set(**cond())
     with pytest.raises(ValueError, match=r"boxes of 1 clip\(s\) do not fit a batch of 3"):
         forward(unet, inputs(3))
-    adapter.set(CLIP.tracklets().window(0, 5))
+    adapter.set(CLIP.tracklets().at(range(5)))
     with pytest.raises(ValueError, match="boxes of 5 frames, but the clip has 8"):
         forward(unet)
 

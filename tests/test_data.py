@@ -75,13 +75,14 @@ def test_stray_files_and_short_clips_are_named_and_skipped(tmp_path, caplog):
     for i in range(3):
         picture(tmp_path / "good" / f"{i}.png", 9)
     picture(tmp_path / "short" / "0.png", 9)
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.xyz").write_text("x")
     (tmp_path / ".DS_Store").write_text("x")
     (tmp_path / "good" / "Thumbs.db").write_text("x")
     with caplog.at_level(logging.WARNING):
         data = dataset(tmp_path)
     assert len(data) == 1
-    assert "notes.txt (a file)" in caplog.text and "short (1 frames)" in caplog.text and "DS_Store" not in caplog.text
+    assert "notes.xyz: is no picture, video or folder" in caplog.text and "DS_Store" not in caplog.text
+    assert "short: 1 frames at 7 a second; needed are 3 at 7, or 0.286 s" in caplog.text
     assert data[0]["pixel_values"].max() == 9
 
 
@@ -94,7 +95,7 @@ def test_a_folder_without_a_usable_clip_is_one_clear_error(tmp_path, make):
         root.mkdir()
     if make == "only_short":
         picture(root / "v" / "0.png", 9)
-    with pytest.raises(ValueError, match=r"^--base_folder .*root.*Expected .*/<video>/<frame>.jpg"):
+    with pytest.raises(ValueError, match=r"^--base_folder .*root.*Expected .*/<video>/<frame>.jpg,? or"):
         dataset(root)
 
 
@@ -117,18 +118,21 @@ def test_more_than_one_percent_damaged_stops_the_run(tmp_path, run):
             picture(tmp_path / "bad" / f"v{v}" / f"{i}.png", 50)
     (tmp_path / "bad" / "v0" / "4.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="^--base_folder.*over 1 %"):
-        run("--max_train_steps=20", f"--base_folder={tmp_path / 'bad'}")
+        run("--max_train_steps=20", f"--base_folder={tmp_path / 'bad'}", "--motion_bucket_id=127")
 
 
-def test_clip_json_tells_fps_and_motion_bucket(tmp_path):
+def test_clip_json_tells_fps_and_motion_bucket(tmp_path, caplog):
     for i in range(3):
         picture(tmp_path / "a" / f"{i}.png", 9)
     (tmp_path / "a" / "clip.json").write_text('{"fps": 24}')
-    item = dataset(tmp_path, motion_bucket_id=99)[0]
+    item = dataset(tmp_path, motion_bucket_id=99, fps="native")[0]
     assert (item["fps"], item["motion_bucket_id"]) == (24, 99)
-    (tmp_path / "a" / "clip.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"clip\.json: expected"):
+    with pytest.raises(ValueError, match=r"no video is 3 frames long at --fps 7.*raise --fps"):
         dataset(tmp_path)
+    (tmp_path / "a" / "clip.json").write_text("[1]")
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="no video"):
+        dataset(tmp_path)
+    assert "a: a/clip.json: expected {" in caplog.text
 
 
 def test_each_pass_shows_every_clip_once_in_a_new_order(tmp_path):

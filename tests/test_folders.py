@@ -13,8 +13,9 @@ from PIL import Image
 from test_data import dataset, picture
 
 import train_svd
-from svd_xtend import folders, video
-from svd_xtend.folders import Clips, Listing, Order
+from svd_xtend import folders, order, video
+from svd_xtend.folders import Listing
+from svd_xtend.order import Clips, Order, share
 
 
 def videos(root, count, frames=3, old=True):
@@ -29,14 +30,19 @@ def videos(root, count, frames=3, old=True):
 
 
 def names(clips):
-    return [[f"{f.parent.name}/{f.name}" for f in frames] for frames, _ in clips]
+    return [[f"{clip.path.name}/{name}" for name in clip.files] for clip in clips]
+
+
+def told(clips):
+    return [clip.told for clip in clips]
 
 
 @pytest.fixture
 def looked(monkeypatch):
     """Names of the video folders that were listed, in a list."""
     seen = []
-    monkeypatch.setattr(Listing, "look", lambda self, name, look=Listing.look: seen.append(name) or look(self, name))
+    list_one = Listing.list_one
+    monkeypatch.setattr(Listing, "list_one", lambda self, name, kind: seen.append(name) or list_one(self, name, kind))
     return seen
 
 
@@ -46,9 +52,9 @@ def test_the_second_start_lists_nothing_and_finds_the_same(tmp_path, looked):
     assert sorted(looked) == sorted(f"v{v}" for v in range(12))
     looked.clear()
     again = Clips(root, 3, 7, 127)
-    assert looked == [] and names(again) == names(first) and [told for _, told in again] == [told for _, told in first]
-    assert [frames[0].parent.name for frames, _ in first] == [f"v{v}" for v in range(12)]  # natural order
-    assert first[3][0] == video.list_frames(root / "v3")
+    assert looked == [] and names(again) == names(first) and told(again) == told(first)
+    assert [clip.path.name for clip in first] == [f"v{v}" for v in range(12)]  # natural order
+    assert [first[3].path / name for name in first[3].files] == video.list_frames(root / "v3")
 
 
 @pytest.mark.parametrize(
@@ -73,8 +79,8 @@ def test_what_changed_is_listed_again_and_nothing_else(tmp_path, looked, change)
     assert len(looked) <= 2 and not set(looked) & {"v0", "v2", "v3"}
     folders.index_file(root).unlink()
     fresh = Clips(root, 2, 7, 127)
-    assert names(found) == names(fresh) and [told for _, told in found] == [told for _, told in fresh]
-    assert names(before) != names(found) or before[1][1] != found[1][1]
+    assert names(found) == names(fresh) and told(found) == told(fresh)
+    assert names(before) != names(found) or before[1].rate != found[1].rate
 
 
 def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tmp_path, looked):
@@ -121,7 +127,7 @@ def test_names_that_are_no_utf_8_and_videos_without_frames(tmp_path):
     os.close(os.open(os.path.join(os.fsencode(root), b"v\xff", b"\xfe.png"), os.O_CREAT))
     (root / "empty").mkdir()
     clips = Clips(root, 1, 7, 127)
-    assert len(clips) == 2 and all(frame.exists() for frames, _ in clips for frame in frames)
+    assert len(clips) == 2 and all((clip.path / name).exists() for clip in clips for name in clip.files)
 
 
 # ------------------------------------------------------------------------------------------------------- several folders
@@ -129,21 +135,21 @@ def test_names_that_are_no_utf_8_and_videos_without_frames(tmp_path):
 
 def test_folders_without_weights_are_one(tmp_path):
     data = dataset([videos(tmp_path / "a", 2), videos(tmp_path / "b", 4)])
-    one = Order([6], None, 0)
+    one = Order([(range(6), 1)], 0)
     assert len(data) == 6
     for index in range(30):
         assert next(data.order.choices(index)) == next(one.choices(index))
-    assert data.clips[1][0][0].parent == tmp_path / "a" / "v1" and data.clips[2][0][0].parent == tmp_path / "b" / "v0"
+    assert data.clips[1].path == tmp_path / "a" / "v1" and data.clips[2].path == tmp_path / "b" / "v0"
     with pytest.raises(IndexError):
         data.clips[6]
 
 
 def test_weights_are_kept_to_the_sample_and_each_pass_over_a_folder_is_whole():
-    order = Order([3, 50, 7], [1, 2, 1], 4)
-    drawn = [next(order.choices(i)) for i in range(3 * folders.CYCLE)]
+    drawing = Order([(range(3), 1), (range(3, 53), 2), (range(53, 60), 1)], 4)
+    drawn = [next(drawing.choices(i)) for i in range(3 * order.CYCLE)]
     pools = np.searchsorted([3, 53], drawn, side="right")
     for cycle in range(3):
-        counts = np.bincount(pools[cycle * folders.CYCLE : (cycle + 1) * folders.CYCLE])
+        counts = np.bincount(pools[cycle * order.CYCLE : (cycle + 1) * order.CYCLE])
         assert counts.tolist() == [250, 500, 250]
     for pool, size, start in ((0, 3, 0), (1, 50, 3), (2, 7, 53)):
         own = np.array(drawn)[pools == pool] - start
@@ -154,25 +160,32 @@ def test_weights_are_kept_to_the_sample_and_each_pass_over_a_folder_is_whole():
 
 def test_any_sample_can_be_asked_for_first(tmp_path):
     """As processes do, and runs that resume."""
-    order = Order([3, 5], [0.7, 0.3], 9)
-    drawn = [next(order.choices(i)) for i in range(2500)]
-    for i in (2499, 0, 1777, 1000, 999):
-        assert next(Order([3, 5], [0.7, 0.3], 9).choices(i)) == drawn[i]
-        assert next(order.choices(i)) == drawn[i]
+    pools = [(range(3), 0.7), (range(3, 8), 0.3)]
+    for unit in (1, 4):
+        drawing = Order(pools, 9, unit)
+        drawn = [next(drawing.choices(i)) for i in range(2500)]
+        for i in (2499, 0, 1777, 1000, 999):
+            assert next(Order(pools, 9, unit).choices(i)) == drawn[i]
+            assert next(drawing.choices(i)) == drawn[i]
 
 
 def test_stand_ins_are_all_the_other_clips_of_the_folder():
-    order = Order([4, 9], [1, 1], 0)
+    drawing = Order([(range(4), 1), (range(4, 13), 1)], 0)
     for index in range(8):
-        choices = list(order.choices(index))
+        choices = list(drawing.choices(index))
         assert sorted(choices) in ([0, 1, 2, 3], list(range(4, 13)))
 
 
 def test_weights_shares_by_largest_remainder():
-    assert Order.share([1, 1, 1]).tolist() == [334, 333, 333]
-    assert Order.share([998, 1, 1]).tolist() == [998, 1, 1]
+    assert share([1, 1, 1]).tolist() == [334, 333, 333]
+    assert share([998, 1, 1]).tolist() == [998, 1, 1]
+    assert share([99999, 1, 1]).tolist() == [998, 1, 1]  # a size that few clips have still has its turn
+
+
+def test_a_folder_that_would_hardly_have_a_turn_is_an_error(tmp_path):
+    roots = [videos(tmp_path / "a", 2), videos(tmp_path / "b", 2)]
     with pytest.raises(ValueError, match="^--folder_weights 10000 1: one is less than 1/1000"):
-        Order.share([10000, 1])
+        Clips(roots, 3).pools([10000, 1])
 
 
 def test_a_weight_for_each_folder(capsys):

@@ -32,7 +32,7 @@ def dataset(folder, *flags):
 def index_of(data, name):
     """A sample index at which the clip of this name is drawn."""
     plain = [np.random.default_rng((data.seed, 0)).permutation(len(data))[i] for i in range(len(data))]
-    return plain.index([frames[0].parent.name for frames, _ in data.clips].index(name))
+    return plain.index([clip.stem for clip in data.clips].index(name))
 
 
 # --------------------------------------------------------------------------------------------------------------- items
@@ -285,5 +285,5 @@ def test_a_real_clip_trains_with_its_motchallenge_boxes(run, tmp_path):
               "--max_train_steps=1", "--validation_steps=1", "--num_inference_steps=1", tracklet=True)  # fmt: skip
     assert (out / b.FILE_NAME).exists() and (out / "comparison.png").exists()
     (own,) = t.read_tracklets(DATA / "mammoth_rhino" / "gt" / "gt.txt").values()
-    seen = t.fit(own, (854, 480), 64, 48, "crop", 0, 8, 8)
+    seen = t.fit(own, (854, 480), 64, 48, "crop", range(8), 8)
     assert seen.valid[:, :2].all() and not seen.valid[:, 2:].any()

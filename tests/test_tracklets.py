@@ -195,7 +195,7 @@ def test_real_annotations_parse():
     for name, (size, frames, objects, category) in expected.items():
         (got,) = t.read_tracklets(DATA / name, size).values()
         assert (len(got), len(got.ids)) == (frames, objects) and category in got.categories
-        seen = t.fit(got, size or (854, 480), 512, 320, "crop", 0, 14, 8)
+        seen = t.fit(got, size or (854, 480), 512, 320, "crop", range(14), 8)
         assert seen.boxes.min() >= 0 and seen.boxes.max() <= 1 and seen.valid.any()
 
 
@@ -263,9 +263,9 @@ def test_flip_twice_is_nothing_and_flip_mirrors():
 
 def test_windows_beyond_the_annotation_hold_nothing():
     ours = some(6)
-    late = ours.window(4, 5)
+    late = ours.at(range(4, 9))
     assert len(late) == 5 and not late.valid[2:].any() and (late.valid[:2] == ours.valid[4:]).all()
-    assert not ours.window(9, 3).valid.any() and len(ours.window(9, 3)) == 3
+    assert not ours.at(range(9, 12)).valid.any() and len(ours.at(range(9, 12))) == 3
 
 
 def test_select_takes_the_largest_and_longest_and_never_the_unseen():

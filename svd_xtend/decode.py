@@ -1,0 +1,177 @@
+"""Video files: what one holds, and frames of it by number, decoded from the last keyframe before them.
+
+    film = probe("clip.mp4")                       # times of all frames, size, without decoding
+    pixels = list(read("clip.mp4", film.times, [3, 7, 11]))      # (h, w, 3) uint8 each, upright
+
+What FFmpeg reads is read (by PyAV). Frames are known by their timestamps, so that a variable frame rate, and frames that an edit
+list hides, are no special cases. Sound is ignored.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from svd_xtend.video import patiently
+
+SUFFIXES = {
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".asf", ".flv",
+    ".f4v", ".ogv", ".ogg", ".3gp", ".3g2", ".mxf", ".vob", ".divx", ".dv", ".y4m", ".nut", ".rm", ".rmvb", ".mjpg", ".mjpeg",
+}  # fmt: skip
+MOST_PIXELS = 8192 * 8192  # of a frame; a header that says more is damaged, or needs another machine
+UNTOLD = 2  # FFmpeg's number of a colour space that a file does not tell
+BT709, HIGH_DEFINITION = 1, 720  # what such a file then has, from this height on, by every player's convention
+
+
+@dataclass(frozen=True)
+class Film:
+    """What a video file holds: `times` (n,) seconds of its frames in the order in which they are shown, `keys` the numbers of
+    those that can be decoded alone, `width` and `height` upright and of square pixels, `rate` frames a second on average."""
+
+    times: np.ndarray
+    keys: np.ndarray
+    width: int
+    height: int
+    rate: float
+
+    def is_regular(self):
+        """Whether the frames are equally far apart, up to what a container rounds."""
+        grid = self.times[0] + np.arange(len(self.times)) / self.rate
+        return bool(np.abs(self.times - grid).max() < 0.25 / self.rate)
+
+
+def open_video(path):
+    """(container, its first video stream). Raises ValueError that starts with the path."""
+    import av
+
+    try:
+        kind = patiently(os.stat, path).st_mode
+        if not stat.S_ISREG(kind):
+            raise ValueError(f"{path}: is no file")  # to open a pipe would wait for ever
+        container = patiently(lambda p: av.open(os.path.abspath(p)), path)
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: cannot be opened as a video ({reason(error)})") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path}: has no video stream")
+    stream = container.streams.video[0]
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if not 0 < width * height <= MOST_PIXELS:
+        container.close()
+        raise ValueError(f"{path}: says that its frames are {width}x{height}")
+    return container, stream
+
+
+def reason(error):
+    """What FFmpeg or the system says, in a few words."""
+    if not os.environ.get("AV_LOG") and getattr(error, "strerror", None):
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def probe(path):
+    """The Film of a file, from the headers of its packets; its first frame alone is decoded. Raises ValueError that starts
+    with the path."""
+    import av
+
+    container, stream = open_video(path)
+    with container:
+        try:
+            packets = [
+                (p.dts if p.pts is None else p.pts, p.is_keyframe)
+                for p in container.demux(stream)
+                if p.size and not (p.is_discard or p.is_corrupt)
+            ]
+        except (av.error.FFmpegError, OSError) as error:
+            raise ValueError(f"{path}: is damaged ({reason(error)})") from error
+        rate, promised = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
+        if any(stamp is None for stamp, _ in packets):  # a bare stream: frames follow each other at the stated rate
+            stamped = np.arange(len(packets)) / rate
+        else:
+            stamped = np.array([stamp for stamp, _ in packets], np.float64) * float(stream.time_base)
+    times, keys = np.sort(stamped), np.sort(stamped[[key for _, key in packets]] if packets else stamped)
+    if not len(times):
+        raise ValueError(f"{path}: holds no frames")
+    if promised > len(times) + 2:
+        raise ValueError(f"{path}: ends early, {len(times)} of {promised} frames are there")
+    if len(times) > 1:
+        if times[-1] <= times[0]:
+            raise ValueError(f"{path}: its timestamps do not advance")
+        rate = (len(times) - 1) / (times[-1] - times[0])
+    height, width = next(iter(read(path, times, [0]))).shape[:2]
+    return Film(times, np.searchsorted(times, keys), width, height, rate)
+
+
+def read(path, times, numbers):
+    """Frames of a file by their numbers in `times`, which must not fall: yields (h, w, 3) uint8, RGB, upright, of square
+    pixels. Decodes from the last keyframe before the first of them to the last of them, and converts only them.
+
+    Raises ValueError that starts with the path where one is missing or damaged."""
+    import av
+
+    numbers, done = np.asarray(numbers), 0
+    try:
+        for number, frame, aspect in decode(path, times, int(numbers[0]), int(numbers[-1])):
+            if frame.is_corrupt:  # FFmpeg made it up where data was damaged
+                raise ValueError(f"{path}: frame {number} is damaged")
+            if number == numbers[done]:
+                pixels = to_pixels(frame, aspect)
+            while done < len(numbers) and numbers[done] == number:
+                done += 1
+                yield pixels
+            if done == len(numbers):
+                return
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: cannot be decoded at frame {numbers[done]} ({reason(error)})") from error
+    raise ValueError(f"{path}: frame {numbers[done]} of {len(times)} is missing")
+
+
+def decode(path, times, first, last):
+    """(number, frame, its pixels' aspect) of frames first .. last: from a keyframe on by their timestamps; where these do
+    not give each of them, as files that tell wrong ones, counted from the start."""
+    for counted in (False, True)[first == 0 :]:
+        container, stream = open_video(path)
+        with container:
+            counted = counted or (
+                container.format.name == "avi" and stream.codec_context.has_b_frames
+            )  # AVI cannot say
+            if not counted:
+                container.seek(round(times[first] / float(stream.time_base)), stream=stream)
+            for count, frame in enumerate(container.decode(stream)):
+                if not counted and frame.pts is None:
+                    break
+                number = count if counted else nearest(times, float(frame.pts * frame.time_base))
+                if number > first:
+                    break  # that one is missing, or comes later
+                if number == first:
+                    yield number, frame, stream.sample_aspect_ratio
+                    first += 1
+                if number == last:
+                    return
+
+
+def nearest(times, time):
+    """The number of the frame whose time is nearest; of two as near the earlier. time: a number, or an array of them."""
+    after = np.clip(np.searchsorted(times, time), 1, max(len(times) - 1, 1))
+    if len(times) == 1:
+        return np.zeros_like(after) if np.ndim(time) else 0
+    return after - (time - times[after - 1] <= times[after] - time)
+
+
+def to_pixels(frame, aspect=None):
+    """(h, w, 3) uint8 RGB of a decoded frame, turned upright, its pixels, of `aspect` width to height, made square."""
+    from PIL import Image
+
+    untold = frame.colorspace == UNTOLD and frame.height >= HIGH_DEFINITION
+    pixels = frame.to_ndarray(format="rgb24", **({"src_colorspace": BT709} if untold else {}))
+    if aspect and aspect != 1:
+        size = max(round(frame.width * float(aspect)), 1), frame.height
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))) if frame.rotation else pixels
+
+
+def is_video(name):
+    """Whether a file is one by its name."""
+    return Path(name).suffix.lower() in SUFFIXES

@@ -1,0 +1,244 @@
+"""Which clips of some base folders are used, at which rate, size and motion; and which of them a sample shows.
+
+clips = Clips(["/data/a", "/data/b"], length=14, fps=7)
+clip = clips[5]                          # clips.Clip: frames by number, clip.told: fps, motion_bucket_id, caption
+order = Order(clips.pools(weights=[3, 1]), seed=0)
+next(order.choices(123456))              # the clip of global sample index 123456
+"""
+
+import collections
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from svd_xtend import motion
+from svd_xtend.folders import FILE, FRAMES, SOURCE_FPS, STILL, Listing
+
+logger = logging.getLogger("svd_xtend")
+
+CYCLE = 1000  # draws over which pools keep the ratio of their weights, or more
+REPORTED = 50  # clips that are left out, by name
+LOOKED_AT = 1000  # videos
+ASPECT = 2.5  # of the longest bucket, width to height or height to width
+STEP = 64  # pixels; buckets' sides are multiples of it, or of the largest power of two that --width and --height are
+
+
+def some(clips):
+    """Places in a sequence to look at before a run starts: all, or of more than LOOKED_AT as many, spread evenly."""
+    return np.unique(np.linspace(0, len(clips) - 1, LOOKED_AT).astype(int))
+
+
+def bucket_sizes(width, height):
+    """Sizes (width, height) of about as many pixels, at most, in all aspect ratios up to ASPECT."""
+    step = int(np.gcd(np.gcd(width, height), STEP))
+    found = {(width, height)}
+    for w in range(step, int((width * height * ASPECT) ** 0.5) + 1, step):
+        h = width * height // w // step * step
+        if h and 1 / ASPECT <= w / h <= ASPECT:
+            found.add((w, h))
+    return sorted(found, key=lambda size: size[0] / size[1])
+
+
+class Clips:
+    """The videos of some base folders that are long enough for `length` frames, a sequence of clips.Clip: made when asked for,
+    so that a million of them is a few arrays. With `stills` the pictures in the folders follow behind its end.
+
+    fps: frames a second of a sample, "native": the clip's own, which is also taken where it is less. source_fps: those of
+    frame folders that do not tell; default: fps. motion_bucket_id: of clips that do not tell, "auto": by motion.buckets. size:
+    (width, height) of a sample; with `buckets` one of about as many pixels, in the aspect ratio nearest to the clip's."""
+
+    def __init__(
+        self, base_folders, length, fps=7, motion_bucket_id=127, source_fps=None, size=None, buckets=False, stills=False
+    ):  # fmt: skip
+        roots = [base_folders] if isinstance(base_folders, (str, Path)) else base_folders
+        self.fps, self.length = fps, length
+        self.source_fps = source_fps or (SOURCE_FPS if fps == "native" else fps)
+        self.listings, automatic = [Listing(root) for root in roots], motion_bucket_id == "auto"
+        for listing in self.listings:
+            listing.fill(sizes=buckets, motions=automatic)
+        self.kept, self.stills = [], []
+        for listing in self.listings:
+            videos, pictures = self.choose(listing)
+            self.kept.append(videos)
+            self.stills.append(pictures if stills else pictures[:0])
+            self.report(listing, self.kept[-1], self.stills[-1])
+        self.sizes = [len(kept) for kept in self.kept]
+        self.motions, self.motion_buckets = self.column("motions", self.kept), self.column("buckets", self.kept)
+        untold = np.isnan(self.motion_buckets)
+        self.scores = self.motions[untold]  # by which buckets are given
+        self.motion_buckets[untold] = motion.buckets(self.scores) if automatic else motion_bucket_id
+        self.shapes = bucket_sizes(*size) if buckets else [size]
+        self.shape_of = self.nearest_shapes()
+
+    def rates(self, listing):
+        """Frames a second of each clip: (its own, those at which it is sampled)."""
+        own = listing.arrays["rates"]
+        own = np.where(np.isnan(own), self.source_fps, own)
+        return own, own if self.fps == "native" else np.minimum(own, self.fps)
+
+    def choose(self, listing):
+        """(videos, pictures) of a listing that can be used: their numbers there."""
+        a = listing.arrays
+        own, used = self.rates(listing)
+        good = np.array(['"trouble"' not in note for note in listing.notes()], bool) if len(a["notes"]) else True
+        long = (a["counts"] - 1 + 1e-3) / own >= (self.length - 1) / used
+        video = (a["kinds"] == FRAMES) | (a["kinds"] == FILE)
+        return np.flatnonzero(good & video & long & (a["counts"] > 0)), np.flatnonzero(good & (a["kinds"] == STILL))
+
+    def report(self, listing, kept, stills):
+        """Warn of all that is left out, and why; raise where that leaves no video."""
+        a, told = listing.arrays, [f"{name}: {reason}" for name, reason in listing.stray]
+        own, used = self.rates(listing)
+        unused = np.ones(len(a["kinds"]), bool)
+        unused[kept], unused[stills] = False, False
+        for i in np.flatnonzero(unused)[:REPORTED]:
+            n, need = a["counts"][i], (self.length - 1) / used[i]
+            short = f"{n} frames at {own[i]:.4g} a second; needed are {self.length} at {used[i]:.4g}, or {need:.3g} s"
+            short = "a picture; --image_ratio uses them" if a["kinds"][i] == STILL else short
+            told.append(f"{listing.name(i)}: {listing.note(i).get('trouble', short)}")
+        count = int(unused.sum()) + len(listing.stray)
+        if count:
+            more = f"\n  ... prepare_data.py check {listing.root} tells all" * (count > REPORTED)
+            shown = "".join(f"\n  {line}" for line in told[:REPORTED])
+            logger.warning("--base_folder %s: skipped %d of %d entries:%s%s", listing.root, count, len(a["kinds"]) + len(listing.stray), shown, more)  # fmt: skip
+        if not len(kept):
+            raise ValueError(
+                f"--base_folder {listing.root}: no video is {self.length} frames long at --fps {self.fps}. Expected "
+                f"{listing.root}/<video>/<frame>.jpg, or {listing.root}/<video>.mp4; lower --num_frames, raise --fps, "
+                "or extract more frames."
+            )
+
+    def column(self, name, chosen):
+        """Of all listings' chosen clips, one after the other."""
+        return np.concatenate([listing.arrays[name][i] for listing, i in zip(self.listings, chosen)])
+
+    def nearest_shapes(self):
+        """Of each video and then of each picture the place in `shapes` of the nearest aspect ratio."""
+        chosen = [np.concatenate([k, s]) for k, s in zip(self.kept, self.stills)]
+        if len(self.shapes) == 1:
+            return np.zeros(sum(map(len, chosen)), int)
+        order = [self.kept, self.stills]
+        aspect = np.concatenate([self.column("widths", c) / np.maximum(self.column("heights", c), 1) for c in order])
+        ratios = np.array([w / h for w, h in self.shapes])
+        return np.abs(np.log(np.maximum(aspect, 1e-3))[:, None] - np.log(ratios)).argmin(1)
+
+    def pools(self, weights=None, image_ratio=0.0):
+        """[(clips, weight)]: clips among which a draw chooses alike, and how often it chooses these. Of one size each; of one
+        folder where folders have weights; pictures apart, with `image_ratio` of all weight."""
+        if weights and min(weights) / sum(weights) < 1 / CYCLE:
+            told = " ".join(map(str, weights))
+            raise ValueError(f"--folder_weights {told}: one is less than 1/{CYCLE} of their sum")
+        ends = np.cumsum(self.sizes)
+        folders = np.split(np.arange(len(self)), ends[:-1]) if weights else [np.arange(len(self))]
+        groups = [(ids, w) for ids, w in zip(folders, weights or [1]) if len(ids)]
+        groups = [(ids, w / sum(w for _, w in groups) * (1 - image_ratio)) for ids, w in groups]
+        groups += [(np.arange(len(self), len(self.shape_of)), image_ratio)] * (image_ratio > 0)
+        pools = []
+        for ids, weight in groups:
+            for shape in np.unique(self.shape_of[ids]):
+                own = ids[self.shape_of[ids] == shape]
+                pools.append((own, weight * len(own) / len(ids)))
+        return pools
+
+    def digest(self):
+        """The same wherever the same videos of the same frames were found."""
+        digest = hashlib.blake2b(repr(self.sizes).encode(), digest_size=16)
+        for listing in self.listings:
+            for name in ("names", "name_ends", "counts", "frames", "kinds"):
+                digest.update(np.ascontiguousarray(listing.arrays[name]))
+        return digest.hexdigest()
+
+    def twice(self):
+        """The name of a video that two of the base folders have, or None."""
+        names = [name for listing in self.listings for name in listing.names()] if len(self.listings) > 1 else []
+        return next((name for name, count in collections.Counter(names).items() if count > 1), None)
+
+    def __len__(self):
+        return sum(self.sizes)
+
+    def __getitem__(self, clip):
+        if not 0 <= clip < len(self):
+            raise IndexError(clip)
+        listing, i = self.place(clip, self.kept)
+        own = listing.arrays["rates"][i]
+        own = self.source_fps if np.isnan(own) else float(own)
+        fps = own if self.fps == "native" else min(own, self.fps)
+        bucket = float(self.motion_buckets[clip])
+        return listing.clip(i, self.source_fps, self.shapes[self.shape_of[clip]], fps=fps, motion_bucket_id=bucket)
+
+    def picture(self, clip):
+        """The picture of that number, from len(self) on: a clip of one frame in which nothing moves."""
+        listing, i = self.place(clip - len(self), self.stills)
+        fps = SOURCE_FPS if self.fps == "native" else self.fps
+        return listing.clip(i, fps, self.shapes[self.shape_of[clip]], fps=fps, motion_bucket_id=0.0)
+
+    def place(self, number, chosen):
+        """(listing, place in it) of one of the chosen clips."""
+        for listing, own in zip(self.listings, chosen):
+            if number < len(own):
+                return listing, int(own[number])
+            number -= len(own)
+        raise IndexError(number)
+
+    def bucket_of(self, score):
+        """motion_bucket_id of a clip of that motion among these; where they all tell theirs, SVD's own 127."""
+        if score is None or not len(self.scores):
+            return 127.0
+        return float(np.interp(score, np.sort(self.scores), np.sort(motion.buckets(self.scores))))
+
+
+class Order:
+    """Which clips a global sample index shows, of pools [(clips, weight)]. Each pass over a pool is a fresh permutation keyed by
+    (seed, pass). Where there are several each has its share of every so many draws, in an order keyed by (seed, cycle). A
+    draw is of `unit` samples, a batch of all processes where pools differ in size. Any index can be asked for, in any order."""
+
+    def __init__(self, pools, seed, unit=1):
+        self.seed, self.pools, self.kept = seed, [np.asarray(clips) for clips, _ in pools], {}
+        self.unit = unit if len(pools) > 1 else 1
+        self.cycle = max(CYCLE, -(-sum(map(len, self.pools)) // self.unit))
+        self.shares = share([weight for _, weight in pools], self.cycle)
+
+    def remembered(self, key, make):
+        """make(), once in a row for a key: samples of a pass follow each other. Of each kind and pool one is kept."""
+        if self.kept.get(key[:2], (None,))[0] != key:
+            self.kept[key[:2]] = key, make()
+        return self.kept[key[:2]][1]
+
+    def place(self, index):
+        """(pool, how many of its samples came before) of a sample index."""
+        if len(self.pools) == 1:
+            return 0, index
+        draw, within = divmod(index, self.unit)
+        cycle, i = divmod(draw, self.cycle)
+
+        def turns():
+            pools = np.repeat(np.arange(len(self.pools)), self.shares)
+            pools = np.random.default_rng((self.seed, cycle, 2)).permutation(pools)
+            before = np.empty(len(pools), int)  # draws of the same pool before each
+            before[np.argsort(pools, kind="stable")] = np.concatenate([np.arange(n) for n in self.shares])
+            return pools, before
+
+        pools, before = self.remembered(("turns", 0, cycle), turns)
+        pool = int(pools[i])
+        return pool, int(cycle * self.shares[pool] + before[i]) * self.unit + within
+
+    def choices(self, index):
+        """The clip of a sample index, and then those that stand in, one after the other, where it cannot be read."""
+        pool, before = self.place(index)
+        clips = self.pools[pool]
+        epoch, place = divmod(before, len(clips))
+        key = (self.seed, epoch) if len(self.pools) == 1 else (self.seed, epoch, 3, pool)
+        order = self.remembered(("pass", pool, epoch), lambda: np.random.default_rng(key).permutation(len(clips)))
+        for i in range(len(clips)):
+            yield int(clips[order[(place + i) % len(clips)]])
+
+
+def share(weights, cycle=CYCLE):
+    """Draws of a cycle that each pool has: largest remainders, and at least one."""
+    exact = np.array(weights, float) / sum(weights) * cycle
+    shares = np.floor(exact).astype(int)
+    shares[np.argsort(shares - exact, kind="stable")[: cycle - shares.sum()]] += 1
+    shares[shares.argmax()] -= (shares == 0).sum()
+    return np.maximum(shares, 1)
