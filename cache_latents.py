@@ -62,7 +62,7 @@ def start(args):
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    from svd_xtend.checkpoints import load_svd, place_encoders
+    from svd_xtend.checkpoints import load_svd, pixel_step, place_encoders
 
     accelerator = Accelerator(
         mixed_precision=runs.check_precision(args.mixed_precision),
@@ -73,7 +73,8 @@ def start(args):
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
-        clips = Clips(args.base_folder, 1, "native", 0, size=(args.width, args.height), buckets=args.buckets)
+        step = args.buckets and pixel_step(args.pretrained_model_name_or_path, args.revision)
+        clips = Clips(args.base_folder, 1, "native", 0, size=(args.width, args.height), buckets=step)
     cache.check_names(args.latent_cache, clips)
     pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)
     how = accelerator.mixed_precision, args.width, args.height, args.resize_mode

@@ -47,13 +47,14 @@ class DummyDataset:
     base_folder may be several, drawn by `weights`. Item `index`, a global sample index without end: each pass over a
     folder is a fresh permutation keyed by (seed, pass), the window in the video is keyed by (seed, index). Holds
     `pixel_values` (f, 3, h, w) uint8, `fps` and `motion_bucket_id` of the clip, its `caption` or "", `index`, and `failed`:
-    how many unreadable clips others stood in for. buckets: in the size of about as many pixels that has the clip's aspect
-    ratio; image_ratio: so many samples are pictures of the folders, of one frame; `batch` samples on end are then alike.
+    how many unreadable clips others stood in for. buckets: not 0, in a size of at most as many pixels and the clip's aspect
+    ratio, of multiples of this; image_ratio: so many samples are pictures of the folders, of one frame. `batch` samples on
+    end are then of one size.
     """
 
     def __init__(
         self, base_folder, width, height, num_frames, fps, motion_bucket_id, resize_mode, seed=0, cached=None, weights=None,
-        source_fps=None, buckets=False, image_ratio=0.0, batch=1,
+        source_fps=None, buckets=0, image_ratio=0.0, batch=1,
     ):  # fmt: skip
         self.sample_frames, self.resize_mode, self.seed, self.latent_cache = num_frames, resize_mode, seed, cached
         told = fps, motion_bucket_id, source_fps, (width, height), buckets, image_ratio > 0
@@ -68,7 +69,8 @@ class DummyDataset:
     def __getitem__(self, index):
         for failed, number in enumerate(self.order.choices(index)):
             try:
-                clip, length = self.clips[number], self.sample_frames if number < len(self.clips) else 1
+                still = number >= len(self.clips)
+                clip, length = (self.clips.picture(number), 1) if still else (self.clips[number], self.sample_frames)
                 start = np.random.default_rng((self.seed, index)).integers(clip.starts(length, clip.told["fps"]))
                 frames = clip.numbers(start, length, clip.told["fps"])
                 return {**self.read_window(clip, frames, index), "index": index, "failed": failed, **clip.told}
@@ -341,7 +343,8 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         ensure_demo(args.base_folder)
         data = dataset(
             args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
-            args.seed, args.latent_cache, args.folder_weights, args.source_fps, args.buckets, args.image_ratio,
+            args.seed, args.latent_cache, args.folder_weights, args.source_fps,
+            args.buckets and checkpoints.pixel_step(args.pretrained_model_name_or_path, args.revision), args.image_ratio,
             args.per_gpu_batch_size * world,
         )  # fmt: skip
     processes.check_same("--base_folder", data.clips.digest())

@@ -59,6 +59,15 @@ def load_svd(path, dtype, revision=None, unet_path=None, unet=True):
     return pipe
 
 
+def pixel_step(path, revision=None):
+    """Pixels of which an SVD takes whole multiples, by its configuration alone: 64 for Stability's."""
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+
+    vae = AutoencoderKLTemporalDecoder.load_config(path, subfolder="vae", revision=revision)
+    unet = UNetSpatioTemporalConditionModel.load_config(path, subfolder="unet", revision=revision)
+    return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["down_block_types"]) - 1)
+
+
 def load_any_variant(cls, path, flag, dtype, **kwargs):
     """cls.from_pretrained with the fp16 variant's files or the plain ones; one error that names the flag."""
     import torch

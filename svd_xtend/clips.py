@@ -16,12 +16,13 @@ from PIL import Image
 
 from svd_xtend import decode, motion, video
 
+SLACK = 0.1  # of a frame, by which a clip may be too short: containers round times
 EXPECTED = '{"fps": 7, "motion_bucket_id": 127, "caption": "a dog"}'
 
 
 @dataclass(frozen=True)
 class Clip:
-    """path: a folder, of whose frames `files` are the names, a video file, or a picture; rate: frames a second; times:
+    """path: a folder, of whose frames `files` are the names, or a video file; rate: frames a second; times:
     seconds (n,) of a file's frames, as it counts them; source_size: (width, height) of its frames, size: of a sample of it,
     where they are known; told: `fps` at which it is sampled, `motion_bucket_id`, `caption`."""
 
@@ -51,7 +52,7 @@ class Clip:
     def starts(self, length, fps):
         """How many frames a window of `length` frames, `fps` a second, can begin with; ValueError where it is too short."""
         clock = self.clock()
-        count = int(np.searchsorted(clock, clock[-1] - (length - 1) / fps + 1e-3 / self.rate, side="right"))
+        count = int(np.searchsorted(clock, clock[-1] - (length - 1) / fps + SLACK / self.rate, side="right"))
         if not count:
             raise ValueError(f"{self.path}: {clock[-1]:.3g} s are too short for {length} frames at {fps:.4g} a second")
         return count
@@ -63,8 +64,8 @@ class Clip:
 
     def frames(self, numbers):
         """Yields these frames as they are, (h, w, 3) uint8, upright; of numbers that do not fall."""
-        if self.files or self.times is None:
-            return (video.load_frame(self.path / self.files[i] if self.files else self.path) for i in numbers)
+        if self.files:
+            return (video.load_frame(self.path / self.files[i]) for i in numbers)
         return decode.read(self.path, self.times, numbers)
 
     def read(self, numbers, width, height, resize_mode="crop"):
@@ -72,7 +73,8 @@ class Clip:
         if self.files:  # JPEG is decoded at a fitting size
             frames = (video.load_frame(self.path / self.files[i], width, height, resize_mode) for i in numbers)
         else:
-            frames = (video.resize(frame, width, height, resize_mode) for frame in self.frames(numbers))
+            found = video.patiently(lambda _: list(self.frames(numbers)), self.path)
+            frames = (video.resize(frame, width, height, resize_mode) for frame in found)
         return np.stack(list(frames))
 
     def parts(self, width, height, resize_mode, length):

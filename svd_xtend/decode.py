@@ -7,6 +7,8 @@ What FFmpeg reads is read (by PyAV). Frames are known by their timestamps, so th
 list hides, are no special cases. Sound is ignored.
 """
 
+import contextlib
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend.video import patiently
+from svd_xtend.video import is_passing, patiently
 
 SUFFIXES = {
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".asf", ".flv",
@@ -46,46 +48,50 @@ def open_video(path):
     """(container, its first video stream). Raises ValueError that starts with the path."""
     import av
 
+    with readable(path, "cannot be opened as a video"):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+            raise ValueError(f"{path}: is no file")
+        container = av.open(os.path.abspath(path))
     try:
-        kind = patiently(os.stat, path).st_mode
-        if not stat.S_ISREG(kind):
-            raise ValueError(f"{path}: is no file")  # to open a pipe would wait for ever
-        container = patiently(lambda p: av.open(os.path.abspath(p)), path)
+        if not container.streams.video:
+            raise ValueError(f"{path}: has no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError(f"{path}: FFmpeg knows no decoder for it")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if not 0 < width * height <= MOST_PIXELS:
+            raise ValueError(f"{path}: says that its frames are {width}x{height}")
+        return container, stream
+    except ValueError:
+        container.close()
+        raise
+
+
+@contextlib.contextmanager
+def readable(path, what):
+    """Errors of FFmpeg and the system become a ValueError that starts with the path; but those of a network file system, which
+    pass, stay as they are. EIO does not: it is what FFmpeg says of most that is damaged."""
+    import av
+
+    try:
+        yield
     except (av.error.FFmpegError, OSError) as error:
-        raise ValueError(f"{path}: cannot be opened as a video ({reason(error)})") from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{path}: has no video stream")
-    stream = container.streams.video[0]
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if not 0 < width * height <= MOST_PIXELS:
-        container.close()
-        raise ValueError(f"{path}: says that its frames are {width}x{height}")
-    return container, stream
-
-
-def reason(error):
-    """What FFmpeg or the system says, in a few words."""
-    if not os.environ.get("AV_LOG") and getattr(error, "strerror", None):
-        return error.strerror
-    return str(error) or type(error).__name__
+        if is_passing(error) and error.errno != errno.EIO:
+            raise
+        raise ValueError(f"{path}: {what} ({error.strerror or error})") from error
 
 
 def probe(path):
     """The Film of a file, from the headers of its packets; its first frame alone is decoded. Raises ValueError that starts
     with the path."""
-    import av
-
-    container, stream = open_video(path)
+    container, stream = patiently(open_video, path)
     with container:
-        try:
+        with readable(path, "is damaged"):
             packets = [
                 (p.dts if p.pts is None else p.pts, p.is_keyframe)
                 for p in container.demux(stream)
                 if p.size and not (p.is_discard or p.is_corrupt)
             ]
-        except (av.error.FFmpegError, OSError) as error:
-            raise ValueError(f"{path}: is damaged ({reason(error)})") from error
         rate, promised = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
         if any(stamp is None for stamp, _ in packets):  # a bare stream: frames follow each other at the stated rate
             stamped = np.arange(len(packets)) / rate
@@ -109,10 +115,8 @@ def read(path, times, numbers):
     pixels. Decodes from the last keyframe before the first of them to the last of them, and converts only them.
 
     Raises ValueError that starts with the path where one is missing or damaged."""
-    import av
-
     numbers, done = np.asarray(numbers), 0
-    try:
+    with readable(path, "cannot be decoded"):
         for number, frame, aspect in decode(path, times, int(numbers[0]), int(numbers[-1])):
             if frame.is_corrupt:  # FFmpeg made it up where data was damaged
                 raise ValueError(f"{path}: frame {number} is damaged")
@@ -123,8 +127,6 @@ def read(path, times, numbers):
                 yield pixels
             if done == len(numbers):
                 return
-    except (av.error.FFmpegError, OSError) as error:
-        raise ValueError(f"{path}: cannot be decoded at frame {numbers[done]} ({reason(error)})") from error
     raise ValueError(f"{path}: frame {numbers[done]} of {len(times)} is missing")
 
 

@@ -207,7 +207,7 @@ class Listing:
             elif kind == STILL:
                 row["widths"], row["heights"] = video.check_picture(path)
         except (OSError, ValueError) as error:
-            note["trouble"] = why(error, self.root)
+            note["trouble"] = why(error, path)
         row["counts"] = len(row["frames"]) if kind == FRAMES else int(kind == STILL)
         row["rates"], row["buckets"] = told.get("fps", np.nan), told.get("motion_bucket_id", np.nan)
         if told.get("caption", "").strip():
@@ -262,7 +262,7 @@ class Listing:
             if motions or not clip.files:
                 row["motions"] = clip.motion(keys)
         except (OSError, ValueError) as error:
-            note["trouble"] = why(error, self.root)
+            note["trouble"] = why(error, self.root / self.name(i))
         return row, note
 
     def clip(self, i, rate, size=None, **told):
@@ -274,6 +274,8 @@ class Listing:
         rate = rate if np.isnan(a["rates"][i]) else float(a["rates"][i])
         told = {**told, "caption": note.get("caption", "")}
         own = (int(a["widths"][i]), int(a["heights"][i])) if a["widths"][i] else None
+        if a["kinds"][i] == STILL:  # the one frame of its folder
+            return Clip(self.root, [self.name(i)], rate, None, own, size, told)
         return Clip(self.root / self.name(i), self.frame_names(i), rate, times, own, size, told)
 
 
@@ -299,9 +301,9 @@ def stamp(kind, told):
     return hash((kind, *told)) if time.time_ns() - max(told) > SETTLED else -1
 
 
-def why(error, root):
-    """What is wrong with a clip, without the folder in which it is."""
-    return (getattr(error, "strerror", None) or str(error)).replace(f"{root}{os.sep}", "")
+def why(error, path):
+    """What is wrong with a clip, without its own name."""
+    return (getattr(error, "strerror", None) or str(error)).replace(f"{path}{os.sep}", "").replace(f"{path}: ", "")
 
 
 def progress(total, told):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from svd_xtend import motion
+from svd_xtend.clips import SLACK
 from svd_xtend.folders import FILE, FRAMES, SOURCE_FPS, STILL, Listing
 
 logger = logging.getLogger("svd_xtend")
@@ -22,7 +23,6 @@ CYCLE = 1000  # draws over which pools keep the ratio of their weights, or more
 REPORTED = 50  # clips that are left out, by name
 LOOKED_AT = 1000  # videos
 ASPECT = 2.5  # of the longest bucket, width to height or height to width
-STEP = 64  # pixels; buckets' sides are multiples of it, or of the largest power of two that --width and --height are
 
 
 def some(clips):
@@ -30,9 +30,9 @@ def some(clips):
     return np.unique(np.linspace(0, len(clips) - 1, LOOKED_AT).astype(int))
 
 
-def bucket_sizes(width, height):
-    """Sizes (width, height) of about as many pixels, at most, in all aspect ratios up to ASPECT."""
-    step = int(np.gcd(np.gcd(width, height), STEP))
+def bucket_sizes(width, height, step):
+    """Sizes (width, height) of at most as many pixels, sides multiples of `step`, for every width up to the aspect ratio ASPECT
+    or from its inverse."""
     found = {(width, height)}
     for w in range(step, int((width * height * ASPECT) ** 0.5) + 1, step):
         h = width * height // w // step * step
@@ -47,17 +47,18 @@ class Clips:
 
     fps: frames a second of a sample, "native": the clip's own, which is also taken where it is less. source_fps: those of
     frame folders that do not tell; default: fps. motion_bucket_id: of clips that do not tell, "auto": by motion.buckets. size:
-    (width, height) of a sample; with `buckets` one of about as many pixels, in the aspect ratio nearest to the clip's."""
+    (width, height) of a sample; with `buckets`, pixels, one of at most as many, sides multiples of `buckets`, in the aspect ratio
+    nearest to the clip's."""
 
     def __init__(
-        self, base_folders, length, fps=7, motion_bucket_id=127, source_fps=None, size=None, buckets=False, stills=False
+        self, base_folders, length, fps=7, motion_bucket_id=127, source_fps=None, size=None, buckets=0, stills=False
     ):  # fmt: skip
         roots = [base_folders] if isinstance(base_folders, (str, Path)) else base_folders
         self.fps, self.length = fps, length
         self.source_fps = source_fps or (SOURCE_FPS if fps == "native" else fps)
         self.listings, automatic = [Listing(root) for root in roots], motion_bucket_id == "auto"
         for listing in self.listings:
-            listing.fill(sizes=buckets, motions=automatic)
+            listing.fill(sizes=buckets > 0, motions=automatic)
         self.kept, self.stills = [], []
         for listing in self.listings:
             videos, pictures = self.choose(listing)
@@ -69,7 +70,7 @@ class Clips:
         untold = np.isnan(self.motion_buckets)
         self.scores = self.motions[untold]  # by which buckets are given
         self.motion_buckets[untold] = motion.buckets(self.scores) if automatic else motion_bucket_id
-        self.shapes = bucket_sizes(*size) if buckets else [size]
+        self.shapes = bucket_sizes(*size, buckets) if buckets else [size]
         self.shape_of = self.nearest_shapes()
 
     def rates(self, listing):
@@ -83,7 +84,7 @@ class Clips:
         a = listing.arrays
         own, used = self.rates(listing)
         good = np.array(['"trouble"' not in note for note in listing.notes()], bool) if len(a["notes"]) else True
-        long = (a["counts"] - 1 + 1e-3) / own >= (self.length - 1) / used
+        long = (a["counts"] - 1 + SLACK) / own >= (self.length - 1) / used
         video = (a["kinds"] == FRAMES) | (a["kinds"] == FILE)
         return np.flatnonzero(good & video & long & (a["counts"] > 0)), np.flatnonzero(good & (a["kinds"] == STILL))
 
@@ -95,15 +96,18 @@ class Clips:
         unused[kept], unused[stills] = False, False
         for i in np.flatnonzero(unused)[:REPORTED]:
             n, need = a["counts"][i], (self.length - 1) / used[i]
-            short = f"{n} frames at {own[i]:.4g} a second; needed are {self.length} at {used[i]:.4g}, or {need:.3g} s"
-            short = "a picture; --image_ratio uses them" if a["kinds"][i] == STILL else short
-            told.append(f"{listing.name(i)}: {listing.note(i).get('trouble', short)}")
+            reason = (
+                f"too short, {n} frame(s) at {own[i]:.4g} a second; {self.length} at {used[i]:.4g} need {need:.3g} s"
+            )
+            reason = "holds no pictures" if n == 0 else reason
+            reason = "a picture; --image_ratio uses them" if a["kinds"][i] == STILL else reason
+            told.append(f"{listing.name(i)}: {listing.note(i).get('trouble', reason)}")
         count = int(unused.sum()) + len(listing.stray)
         if count:
             more = f"\n  ... prepare_data.py check {listing.root} tells all" * (count > REPORTED)
             shown = "".join(f"\n  {line}" for line in told[:REPORTED])
             logger.warning("--base_folder %s: skipped %d of %d entries:%s%s", listing.root, count, len(a["kinds"]) + len(listing.stray), shown, more)  # fmt: skip
-        if not len(kept):
+        if not len(kept) and not len(stills):
             raise ValueError(
                 f"--base_folder {listing.root}: no video is {self.length} frames long at --fps {self.fps}. Expected "
                 f"{listing.root}/<video>/<frame>.jpg, or {listing.root}/<video>.mp4; lower --num_frames, raise --fps, "
@@ -116,11 +120,10 @@ class Clips:
 
     def nearest_shapes(self):
         """Of each video and then of each picture the place in `shapes` of the nearest aspect ratio."""
-        chosen = [np.concatenate([k, s]) for k, s in zip(self.kept, self.stills)]
         if len(self.shapes) == 1:
-            return np.zeros(sum(map(len, chosen)), int)
-        order = [self.kept, self.stills]
-        aspect = np.concatenate([self.column("widths", c) / np.maximum(self.column("heights", c), 1) for c in order])
+            return np.zeros(len(self) + sum(map(len, self.stills)), int)
+        chosen = self.kept, self.stills
+        aspect = np.concatenate([self.column("widths", c) / np.maximum(self.column("heights", c), 1) for c in chosen])
         ratios = np.array([w / h for w, h in self.shapes])
         return np.abs(np.log(np.maximum(aspect, 1e-3))[:, None] - np.log(ratios)).argmin(1)
 
@@ -130,6 +133,10 @@ class Clips:
         if weights and min(weights) / sum(weights) < 1 / CYCLE:
             told = " ".join(map(str, weights))
             raise ValueError(f"--folder_weights {told}: one is less than 1/{CYCLE} of their sum")
+        if not len(self) or (image_ratio and len(self) == len(self.shape_of)):
+            raise ValueError(
+                "--image_ratio: --base_folder holds no " + ("pictures beside its videos" if len(self) else "videos")
+            )
         ends = np.cumsum(self.sizes)
         folders = np.split(np.arange(len(self)), ends[:-1]) if weights else [np.arange(len(self))]
         groups = [(ids, w) for ids, w in zip(folders, weights or [1]) if len(ids)]

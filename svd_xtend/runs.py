@@ -223,7 +223,8 @@ def check_reading(failed, samples):
     """Stop a run that cannot read more than 1 % of its samples."""
     if failed > max(2, 0.01 * samples):
         raise ValueError(
-            f"--base_folder: {failed:.0f} of {samples} clips cannot be read, over 1 %; the warnings name those of the main process"
+            f"--base_folder: {failed:.0f} of {samples} clips cannot be read, over 1 %; the warnings name those of the main process. "
+            "Run prepare_data.py check on the folder: it reads every frame, and what it finds damaged is left out from then on"
         )
 
 

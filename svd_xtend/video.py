@@ -44,7 +44,7 @@ def patiently(function, path):
         try:
             return function(path)
         except OSError as error:
-            if errno.errorcode.get(error.errno) not in PASSING:
+            if not is_passing(error):
                 raise
             if wait is None and error.errno == errno.EIO:
                 raise  # as a disk answers for a bad sector, too
@@ -54,6 +54,11 @@ def patiently(function, path):
                 ) from error
             logger.warning("%s: %s; trying again in %g s", path, error.strerror, wait)
             time.sleep(wait)
+
+
+def is_passing(error):
+    """Whether it is one of a network file system, which may pass, or of a disk, which may not."""
+    return errno.errorcode.get(error.errno) in PASSING
 
 
 class Unreachable(Exception):
@@ -85,8 +90,13 @@ def load_frame(path, width=None, height=None, resize_mode="crop"):
             pixels = np.array(image if image.mode == "RGB" else to_rgb(image))
     # Pillow raises all of them on damaged files
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+        raise ValueError(f"{path}: cannot be read as a picture ({told(error)})") from error
     return resize(pixels, width, height, resize_mode) if width else pixels
+
+
+def told(error):
+    """What Pillow says, without the object that it read from."""
+    return re.sub(" <_io.*>", "", str(error))
 
 
 def resize(pixels, width, height, resize_mode="crop"):
@@ -124,12 +134,13 @@ def check_picture(path):
     try:
         content = read_bytes(path)
         with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            turned, kind = image.getexif().get(0x0112, 1) >= 5, image.format
             image.verify()
+        with Image.open(io.BytesIO(content)) as image:
+            (width, height), kind = image.size, image.format
+            turned = image.getexif().get(0x0112, 1) >= 5
     # Pillow raises all of them on damaged files
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+        raise ValueError(f"{path}: cannot be read as a picture ({told(error)})") from error
     if kind == "JPEG" and b"\xff\xd9" not in content[-64:]:
         raise ValueError(f"{path}: cannot be read as a picture (it ends early)")
     return (height, width) if turned else (width, height)
