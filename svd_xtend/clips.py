@@ -106,18 +106,17 @@ class Clip:
         told = [(file.name, s.st_size, s.st_mtime_ns) for file in files for s in [video.patiently(os.stat, file)]]
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
+    def glance(self, numbers):
+        """Yields these frames, of a folder in a size that is enough to see what moves; of JPEGs no more is decoded."""
+        if not self.files:
+            return self.frames(numbers)
+        size = self.picture_size()
+        width, height = (max(round(side * 2 * motion.LENGTH / max(size)), 1) for side in size)
+        return (video.load_frame(self.path / self.files[i], width, height) for i in numbers)
+
     def motion(self, keys=()):
-        """Its motion.score. keys: frames that can be decoded alone."""
-
-        def read(numbers):
-            if not self.files:
-                return self.frames(numbers)
-            long = 2 * motion.LENGTH  # what flow sees is half as long; of JPEGs no more is decoded
-            width, height = (max(round(side * long / max(size)), 1) for side in size)
-            return self.read(numbers, width, height)
-
-        size = self.picture_size() if self.files else None
-        return motion.of_frames(read, len(self), self.rate, keys)
+        """{motions: its motion.score}. keys: frames that can be decoded alone."""
+        return {"motions": motion.of_frames(self.glance, len(self), self.rate, keys)}
 
 
 def load_picture(path, width=None, height=None, resize_mode="crop"):

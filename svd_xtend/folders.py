@@ -18,6 +18,7 @@ import socket
 import time
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,8 @@ COLUMNS = {  # of an index, one value a clip: type, and what stands there until 
 }  # fmt: skip
 
 
-def read_metadata(root):
-    """{name: what metadata.jsonl at the root says of that clip}, as Hugging Face's data sets have it."""
+def metadata_rows(root):
+    """{name: lines of metadata.jsonl at the root that are about that clip}, as Hugging Face's data sets have it."""
     file, found = Path(root, "metadata.jsonl"), {}
     if not file.is_file():
         return found
@@ -49,11 +50,17 @@ def read_metadata(root):
         if line.strip():
             try:
                 row = json.loads(line)
-                found[str(row["file_name"]).strip("/")] = told_of(row)
+                told_of(row)
+                found.setdefault(str(row["file_name"]).strip("/"), []).append(line)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 expected = '{"file_name": "a.mp4", "caption": "a dog"}'
                 raise ValueError(f"{file}: line {i}: expected {expected}, got: {error!r}") from error
     return found
+
+
+def read_metadata(root):
+    """{name: {fps, motion_bucket_id, caption}, those that metadata.jsonl tells of that clip}."""
+    return {name: told_of(json.loads(rows[-1])) for name, rows in metadata_rows(root).items()}
 
 
 class Listing:
@@ -216,21 +223,23 @@ class Listing:
 
     # ------------------------------------------------------------------------------------------------------------ look
 
-    def fill(self, sizes=False, motions=False, look=None):
-        """Look into all video files that were not looked into yet; with `sizes`, and `motions`, also for those of folders.
-        What was found is kept every minute, for a run that is killed. look: another way, into all that it has not seen."""
+    def fill(self, sizes=False, motions=False, measure=None):
+        """Look into all video files that were not looked into yet; with `sizes`, and `motions`, also for those of folders. What
+        was found is kept every minute, for a run that is killed. measure: of all clips, once, in place of Clip.motion, which is
+        so called, too; it may answer {cuts} beside columns."""
         a, columns = self.arrays, {name: np.array(self.arrays[name]) for name in COLUMNS}
         of_frames = (a["kinds"] == FRAMES) & (a["counts"] > 0)
         todo = (a["kinds"] == FILE) & ~a["looked"]
         todo = todo | of_frames & (a["widths"] == 0) if sizes else todo
         todo = todo | of_frames & np.isnan(a["motions"]) & np.isnan(a["buckets"]) if motions else todo
-        todo = (a["kinds"] != STILL) & ~a["checked"] if look else todo
-        todo = [int(i) for i in np.flatnonzero(todo) if look or "trouble" not in self.note(i)]
+        todo = ((a["kinds"] == FILE) | of_frames) & ~a["checked"] if measure else todo
+        todo = [int(i) for i in np.flatnonzero(todo) if "trouble" not in self.note(i)]
         if not todo:
             return
         notes, saved = self.notes(), time.monotonic()
+        look = partial(self.look, measure=measure or Clip.motion, whole=measure is not None, motions=motions)
         with ThreadPoolExecutor(os.cpu_count()) as pool, progress(len(todo), f"looking into {self.root}") as bar:
-            for i, (row, note) in in_turn(pool, look or (lambda i: self.look(i, motions)), todo):
+            for i, (row, note) in in_turn(pool, look, todo):
                 for name, value in row.items():
                     columns[name][i] = value
                 notes[i] = dump(note)
@@ -240,29 +249,31 @@ class Listing:
                     saved = time.monotonic()
         self.keep({**a, **columns, **encode("note", notes)})
 
-    def look(self, i, motions=True):
-        """(columns, note) of the i-th clip, which is a folder or a video file: its size, and its motion or, in a file, when its
-        frames are shown. What of it is decoded for that has to be whole."""
-        note, row = self.note(i), {}
+    def look(self, i, measure, whole, motions):
+        """(columns, note) of the i-th clip, which is a folder or a video file: its size, when the frames of a file are shown, and
+        what `measure` says of it, of folders with `motions` alone. What of it is decoded for that has to be whole."""
+        note, row, path = self.note(i), {"checked": whole}, self.root / self.name(i)
+        keys = ()
         try:
-            keys = ()
             if self.arrays["kinds"][i] == FILE:
                 row["looked"] = True
-                film = decode.probe(self.root / self.name(i))
+                film = decode.probe(path)
                 keys, note["start"], note["rate"] = film.keys, float(film.times[0]), film.rate
                 if not film.is_regular():
                     note["times"] = film.times.tolist()
                 row.update(counts=len(film.times), widths=film.width, heights=film.height)
                 told = self.arrays["rates"][i]
-                clip = Clip(self.root / self.name(i), [], film.rate if np.isnan(told) else float(told), film.times)
+                clip = Clip(path, [], film.rate if np.isnan(told) else float(told), film.times)
                 row["rates"] = clip.rate
             else:
                 clip = self.clip(i, SOURCE_FPS)
                 row["widths"], row["heights"] = clip.picture_size()
-            if motions or not clip.files:
-                row["motions"] = clip.motion(keys)
+            if motions or whole or not clip.files:
+                found = measure(clip, keys)
+                note["cuts"] = found.pop("cuts", note.get("cuts", []))
+                row.update(found)
         except (OSError, ValueError) as error:
-            note["trouble"] = why(error, self.root / self.name(i))
+            note["trouble"] = why(error, path)
         return row, note
 
     def clip(self, i, rate, size=None, **told):

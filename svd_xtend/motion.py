@@ -19,22 +19,22 @@ LENGTH = 128  # pixels of the longer side at which flow is computed: faster, and
 FASTEST = 20  # one in so many pixels counts
 PAIRS, SPOTS = 8, 4  # pairs of frames that are looked at in a clip, and places of a long one
 EVERY = 1 / 8  # seconds between the frames of a pair, about
+BLUE, ORANGE = "#5584e6", "#e2702c"
 COLLAPSED = 1 / 3  # of what the true clips move
 
 
-def shrink(frame):
-    """(h, w, 3) uint8 -> grey, its longer side LENGTH pixels."""
+def smaller(frame):
+    """(h, w, 3) uint8, its longer side LENGTH pixels."""
     import cv2
 
     h, w = frame.shape[:2]
     k = LENGTH / max(h, w)
     size = max(round(w * k), 16), max(round(h * k), 16)  # flow needs some pixels
-    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    return cv2.resize(grey, size, interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC)
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC)
 
 
 def flow(before, after):
-    """Optical flow between two shrunk frames (Kroeger et al. 2016, by OpenCV): the mean length, in picture lengths, over
+    """Optical flow between two small grey frames (Kroeger et al. 2016, by OpenCV): the mean length, in picture lengths, over
     the fastest twentieth of the pixels."""
     import cv2
 
@@ -46,7 +46,9 @@ def flow(before, after):
 
 def score(frames, seconds):
     """Motion of frames (f, h, w, 3) uint8, or PIL images of one size, that are `seconds` apart: picture lengths a second."""
-    small = [shrink(np.asarray(frame)) for frame in frames]
+    import cv2
+
+    small = [cv2.cvtColor(smaller(np.asarray(frame)), cv2.COLOR_RGB2GRAY) for frame in frames]
     return float(np.mean([flow(a, b) for a, b in zip(small, small[1:])])) / seconds if len(small) > 1 else 0.0
 
 
@@ -78,19 +80,24 @@ def buckets(scores):
     return 1 + 254 * rank / max(len(scores), 1)
 
 
+def draw(axes, scores):
+    """How motion is distributed over a data set, and the bucket that a score gets, into a plot's axes."""
+    scores = np.asarray(scores, np.float64)
+    axes.hist(scores, bins=min(60, max(10, len(scores) // 5)), color=BLUE)
+    axes.set(xlabel="motion, picture lengths a second", ylabel="clips")
+    other, ranked = axes.twinx(), np.argsort(scores)
+    other.plot(scores[ranked], buckets(scores)[ranked], color=ORANGE, lw=2)
+    other.set_ylabel("motion_bucket_id", color=ORANGE)
+    other.set(ylim=(0, 256), yticks=[1, 64, 128, 192, 255])
+
+
 def plot(file, scores, title):
-    """A picture of how motion is distributed over a data set: histogram, and the bucket that a score gets."""
+    """A picture of it."""
     from matplotlib.figure import Figure
 
-    scores = np.asarray(scores, np.float64)
     figure = Figure((7, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(scores, bins=min(60, max(10, len(scores) // 5)), color="#5584e6")
-    axes.set(xlabel="motion, picture lengths a second", ylabel="clips", title=title)
-    other = axes.twinx()
-    order = np.argsort(scores)
-    other.plot(scores[order], buckets(scores)[order], color="#e2702c", lw=2)
-    other.set(ylabel="motion_bucket_id", ylim=(0, 256), yticks=[1, 64, 128, 192, 255])
+    axes = figure.add_subplot(title=title)
+    draw(axes, scores)
     figure.savefig(file, dpi=110)
 
 

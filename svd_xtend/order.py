@@ -51,12 +51,15 @@ class Clips:
     nearest to the clip's."""
 
     def __init__(
-        self, base_folders, length, fps=7, motion_bucket_id=127, source_fps=None, size=None, buckets=0, stills=False
+        self, base_folders, length, fps=7, motion_bucket_id=127, source_fps=None, size=None, buckets=0, stills=False, quiet=False
     ):  # fmt: skip
-        roots = [base_folders] if isinstance(base_folders, (str, Path)) else base_folders
+        roots = [base_folders] if isinstance(base_folders, (str, Path, Listing)) else base_folders
         self.fps, self.length = fps, length
         self.source_fps = source_fps or (SOURCE_FPS if fps == "native" else fps)
-        self.listings, automatic = [Listing(root) for root in roots], motion_bucket_id == "auto"
+        self.listings, automatic = (
+            [root if isinstance(root, Listing) else Listing(root) for root in roots],
+            motion_bucket_id == "auto",
+        )
         for listing in self.listings:
             listing.fill(sizes=buckets > 0, motions=automatic)
         self.kept, self.stills = [], []
@@ -64,9 +67,11 @@ class Clips:
             videos, pictures = self.choose(listing)
             self.kept.append(videos)
             self.stills.append(pictures if stills else pictures[:0])
-            self.report(listing, self.kept[-1], self.stills[-1])
+        for k in range(len(roots) * (not quiet)):
+            self.report(k)
         self.sizes = [len(kept) for kept in self.kept]
-        self.motions, self.motion_buckets = self.column("motions", self.kept), self.column("buckets", self.kept)
+        self.motion_buckets, untimed = self.column("buckets", self.kept), np.isnan(self.column("rates", self.kept))
+        self.motions = self.column("motions", self.kept) * np.where(untimed, self.source_fps / SOURCE_FPS, 1)
         untold = np.isnan(self.motion_buckets)
         self.scores = self.motions[untold]  # by which buckets are given
         self.motion_buckets[untold] = motion.buckets(self.scores) if automatic else motion_bucket_id
@@ -88,30 +93,33 @@ class Clips:
         video = (a["kinds"] == FRAMES) | (a["kinds"] == FILE)
         return np.flatnonzero(good & video & long & (a["counts"] > 0)), np.flatnonzero(good & (a["kinds"] == STILL))
 
-    def report(self, listing, kept, stills):
-        """Warn of all that is left out, and why; raise where that leaves no video."""
-        a, told = listing.arrays, [f"{name}: {reason}" for name, reason in listing.stray]
-        own, used = self.rates(listing)
-        unused = np.ones(len(a["kinds"]), bool)
-        unused[kept], unused[stills] = False, False
-        for i in np.flatnonzero(unused)[:REPORTED]:
+    def left_out(self, k):
+        """[(name, why)] of the entries of the k-th base folder that are not used."""
+        listing, unused = self.listings[k], np.ones(len(self.listings[k].arrays["kinds"]), bool)
+        unused[self.kept[k]], unused[self.stills[k]] = False, False
+        a, (own, used), told = listing.arrays, self.rates(listing), list(listing.stray)
+        for i in np.flatnonzero(unused):
             n, need = a["counts"][i], (self.length - 1) / used[i]
             reason = (
                 f"too short, {n} frame(s) at {own[i]:.4g} a second; {self.length} at {used[i]:.4g} need {need:.3g} s"
             )
             reason = "holds no pictures" if n == 0 else reason
             reason = "a picture; --image_ratio uses them" if a["kinds"][i] == STILL else reason
-            told.append(f"{listing.name(i)}: {listing.note(i).get('trouble', reason)}")
-        count = int(unused.sum()) + len(listing.stray)
-        if count:
-            more = f"\n  ... prepare_data.py check {listing.root} tells all" * (count > REPORTED)
-            shown = "".join(f"\n  {line}" for line in told[:REPORTED])
-            logger.warning("--base_folder %s: skipped %d of %d entries:%s%s", listing.root, count, len(a["kinds"]) + len(listing.stray), shown, more)  # fmt: skip
-        if not len(kept) and not len(stills):
+            told.append((listing.name(i), listing.note(i).get("trouble", reason)))
+        return told
+
+    def report(self, k):
+        """Warn of all that is left out of the k-th base folder, and why; raise where that leaves nothing."""
+        root, told = self.listings[k].root, self.left_out(k)
+        if told:
+            shown = "".join(f"\n  {name}: {reason}" for name, reason in told[:REPORTED])
+            more = f"\n  ... python prepare_data.py check {root} names all" * (len(told) > REPORTED)
+            total = len(told) + len(self.kept[k]) + len(self.stills[k])
+            logger.warning("--base_folder %s: skipped %d of %d entries:%s%s", root, len(told), total, shown, more)
+        if not len(self.kept[k]) and not len(self.stills[k]):
             raise ValueError(
-                f"--base_folder {listing.root}: no video is {self.length} frames long at --fps {self.fps}. Expected "
-                f"{listing.root}/<video>/<frame>.jpg, or {listing.root}/<video>.mp4; lower --num_frames, raise --fps, "
-                "or extract more frames."
+                f"--base_folder {root}: no video is {self.length} frames long at --fps {self.fps}. Expected "
+                f"{root}/<video>/<frame>.jpg, or {root}/<video>.mp4; lower --num_frames, raise --fps, or extract more frames."
             )
 
     def column(self, name, chosen):

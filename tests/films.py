@@ -27,7 +27,7 @@ CODECS = {  # file name: (codec, pixel format, options)
 def frame(i, size=(96, 64)):
     """(h, w, 3) uint8: a square moves over a gradient, whose brightness is the number's."""
     y, x = np.mgrid[: size[1], : size[0]]
-    picture = np.stack([(x * 2 + 3 * i) % 256, y * 3 % 256, np.full_like(x, 6 * i % 256)], -1).astype(np.uint8)
+    picture = np.stack([(x * 2 + 3 * i) % 256, y * 3 % 256, np.full_like(x, 3 * i % 256)], -1).astype(np.uint8)
     left = 2 * i % max(size[0] - 16, 1)
     picture[20:36, left : left + 16] = 255
     return picture

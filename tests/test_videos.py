@@ -400,7 +400,9 @@ def test_motion_is_per_second_and_per_picture_whatever_the_rate_and_size(tmp_pat
         films.write(tmp_path / "large.mkv", "ffv1", "bgr0", draw=pan, size=(384, 192), frames=60),
         films.write(tmp_path / "half.mkv", "ffv1", "bgr0", draw=lambda i, s: pan(2 * i, s), size=(192, 96), frames=30, rate=Fraction(25, 2)),
     ]  # fmt: skip
-    scores = [Clip(p, [], film.rate, film.times).motion(film.keys) for p in paths for film in [decode.probe(p)]]
+    scores = [
+        Clip(p, [], film.rate, film.times).motion(film.keys)["motions"] for p in paths for film in [decode.probe(p)]
+    ]
     assert scores == pytest.approx([3 / 192 * 25] * 3, rel=0.15)  # 3 of 192 pixels a frame
 
 

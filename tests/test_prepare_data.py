@@ -1,0 +1,238 @@
+"""prepare_data.py, as the user runs it: what a folder holds, videos to frames, annotations, held-out clips."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import films
+import numpy as np
+import pytest
+from PIL import Image
+
+import prepare_data
+from svd_xtend import folders, tracklets
+from svd_xtend.order import Clips
+from train_svd import DummyDataset
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+def call(*argv):
+    """In this process."""
+    args = prepare_data.build_parser().parse_args(list(map(str, argv)))
+    {"check": prepare_data.check, "frames": prepare_data.frames, "tracklets": prepare_data.convert, "split": prepare_data.split}[args.command](args)  # fmt: skip
+
+
+def two_scenes(i, size):
+    """The second begins at frame 25."""
+    return films.frame(i, size) if i < 25 else 255 - films.frame(i - 25, size)[::-1]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Files and folders, good and bad, one with a cut."""
+    root = tmp_path / "mixed"
+    root.mkdir()
+    bad = films.write_bad(root)
+    films.write(root / "good.mp4", frames=60, gop=60)
+    films.write(root / "cut.mp4", frames=50, draw=two_scenes)
+    films.pictures(root / "frames", 30)
+    (root / "frames" / "clip.json").write_text('{"fps": 10, "caption": "a square"}')
+    return root, bad
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_reports_as_the_user_runs_it(mixed, tmp_path):
+    root, bad = mixed
+    command = [sys.executable, "prepare_data.py", "check", root, f"--output_dir={tmp_path / 'out'}", "--num_frames=8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["clips"]}
+    assert rows.keys() == {"good.mp4", "cut.mp4", "frames"}
+    assert (
+        rows["cut.mp4"]["cuts"] == [25] and "cuts" not in rows["good.mp4"] and rows["frames"]["caption"] == "a square"
+    )
+    assert (rows["good.mp4"]["width"], rows["good.mp4"]["frames"], rows["good.mp4"]["fps"]) == (96, 60, 25)
+    assert set(report["skipped"]) == set(bad) - {"20 a pixel.png"} and report["pictures"] == 1
+    assert f"{root}: 3 clips of at least 8 frames at --fps 7.0, 1 pictures, 29 skipped" in done.stdout
+    assert "1 clips hold more than one scene: cut.mp4" in done.stdout and "... 9 others" in done.stdout
+    assert Image.open(tmp_path / "out" / "check.png").size[0] > 800
+
+
+def test_what_check_finds_damaged_training_leaves_out(tmp_path, caplog):
+    """Damage that a look at some places does not meet; decoded again it is not."""
+    root = tmp_path / "root"
+    for name in ("a", "b"):
+        films.pictures(root / name, 200)
+    films.write(root / "film.mp4", frames=400, gop=20)
+    (root / "b" / "101.png").write_bytes(b"damaged")
+    data = bytearray((root / "film.mp4").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 1500] = os.urandom(1500)
+    (root / "film.mp4").write_bytes(data)
+    for path in (root / "a", root / "b", root / "film.mp4"):
+        os.utime(path, (1e9, 1e9))
+    before = DummyDataset(root, 64, 48, 8, 7, "auto", "crop")
+    call("check", root, f"--output_dir={tmp_path / 'out'}")
+    after = DummyDataset(root, 64, 48, 8, 7, "auto", "crop")
+    assert len(before) == 3 and [clip.stem for clip in after.clips] == ["a"]
+    assert "b: 101.png: cannot be read as a picture" in caplog.text and "film.mp4: " in caplog.text
+
+
+def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
+    films.write(tmp_path / "root" / "a.mp4", frames=300, gop=30)
+    films.pictures(tmp_path / "root" / "b", 60)
+    for path in (tmp_path / "root").iterdir():
+        os.utime(path, (1e9, 1e9))
+    Clips(tmp_path / "root", 8, 7, "auto")
+    cheap = folders.Listing(tmp_path / "root").arrays["motions"].copy()
+    call("check", tmp_path / "root", f"--output_dir={tmp_path}")
+    whole = folders.Listing(tmp_path / "root").arrays["motions"]
+    np.testing.assert_allclose(cheap, whole, rtol=0.03)
+    monkeypatch.setattr(prepare_data, "look_at_all", lambda *how: pytest.fail("decoded again"))
+    call("check", tmp_path / "root", f"--output_dir={tmp_path}")
+
+
+def test_check_of_a_folder_without_a_usable_clip_says_why(tmp_path, capsys):
+    films.write(tmp_path / "root" / "short.mp4", frames=5)
+    call("check", tmp_path / "root", f"--output_dir={tmp_path}")
+    assert "0 clips of at least 14" in (out := capsys.readouterr().out) and "short.mp4: too short, 5 frame(s)" in out
+    with pytest.raises(ValueError, match="^--base_folder .*none: no such folder"):
+        call("check", tmp_path / "none")
+
+
+# -------------------------------------------------------------------------------------------------------------- frames
+
+
+def test_frames_are_the_videos_and_say_their_rate(tmp_path):
+    films.write(tmp_path / "in" / "a.mkv", "ffv1", "bgr0", frames=30)
+    (tmp_path / "in" / "a.txt").write_text("a square")
+    call("frames", tmp_path / "in", tmp_path / "out", "--format=png", "--fps=12.5")
+    files = sorted((tmp_path / "out" / "a").glob("*.png"))
+    assert len(files) == 15
+    for k, file in enumerate(files):
+        assert np.array_equal(np.asarray(Image.open(file)), films.frame(2 * k))
+    told = json.loads((tmp_path / "out" / "a" / "clip.json").read_text())
+    assert told == {"caption": "a square", "fps": 12.5, "source": "a.mkv"}
+    assert len(DummyDataset(tmp_path / "out", 64, 48, 8, "native", 127, "crop")) == 1
+
+
+def test_scenes_become_folders_and_no_frame_is_of_two(tmp_path):
+    films.write(tmp_path / "cut.mp4", frames=50, draw=two_scenes)
+    call("frames", tmp_path / "cut.mp4", tmp_path / "out", "--scenes", "--format=png")
+    for k in (0, 1):
+        files = sorted((tmp_path / "out" / f"cut_scene{k:03d}").glob("*.png"))
+        assert len(files) == 25
+        for i, file in enumerate(files):
+            error = np.asarray(Image.open(file), int) - two_scenes(25 * k + i, (96, 64))
+            assert np.abs(error).mean() < 12, (k, i)
+
+
+def test_extraction_that_was_killed_goes_on_and_leaves_nothing_half(tmp_path, capsys):
+    for name in "abc":
+        films.write(tmp_path / "in" / f"{name}.mp4", frames=20)
+    write = prepare_data.write_frames
+
+    def killed(folder, *how):
+        if folder.name == "c":
+            raise KeyboardInterrupt
+        write(folder, *how)
+
+    prepare_data.write_frames = killed
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call("frames", tmp_path / "in", tmp_path / "out")
+    finally:
+        prepare_data.write_frames = write
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in "ab"}
+    capsys.readouterr()
+    call("frames", tmp_path / "in", tmp_path / "out")
+    assert "1 folders of frames made" in (out := capsys.readouterr().out) and "of 3 videos 2 were done before" in out
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in "ab"}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == ["a", "b", "c"]
+    call("frames", tmp_path / "in", tmp_path / "out", "--fps=5", "--min_frames=2")  # another way: all of them anew
+    assert all(len(list((tmp_path / "out" / name).glob("*.jpg"))) == 4 for name in "abc")
+
+
+def test_videos_that_cannot_be_read_are_named_and_the_others_extracted(tmp_path, capsys, caplog):
+    (tmp_path / "in").mkdir()
+    films.write_bad(tmp_path / "in")
+    films.write(tmp_path / "in" / "good.mp4", frames=20)
+    for path in (tmp_path / "in" / "24 up", tmp_path / "in" / "25 pipe.mp4"):
+        path.unlink()
+    call("frames", tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "good" / "clip.json").exists() and "02 text.mp4: cannot be opened" in caplog.text
+    with pytest.raises(SystemExit, match="nowhere.mp4: no such file"):
+        call("frames", tmp_path / "nowhere.mp4", tmp_path / "out")
+
+
+# ----------------------------------------------------------------------------------------------------- tracklets, split
+
+
+def test_public_annotations_become_the_projects_own(tmp_path):
+    mot = "\n".join(f"{f},7,{10 * f},20,30,40,1,1,1" for f in range(1, 6))
+    (tmp_path / "walk.txt").write_text(mot)
+    (tmp_path / "out" / "walk").mkdir(parents=True)
+    call("tracklets", tmp_path / "walk.txt", tmp_path / "out", "--size=200x100")
+    found = tracklets.read_tracklets(tmp_path / "out" / "walk" / "tracklets.json")["tracklets"]
+    asked = tracklets.read_tracklets(tmp_path / "walk.txt", (200, 100))["walk"]
+    np.testing.assert_allclose(found.boxes, asked.boxes, atol=1e-4)
+    assert found.ids == asked.ids == ("7",)
+    with pytest.raises(ValueError, match="does not tell the pictures' size"):
+        call("tracklets", tmp_path / "walk.txt", tmp_path / "out")
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs the real annotations")
+def test_real_annotations_of_each_format(tmp_path):
+    call("tracklets", DATA / "bdd100k" / "b1c66a42-6f7d68ca.json", tmp_path, "--size=1280x720")
+    call("tracklets", DATA / "kitti" / "label_02" / "0001.txt", tmp_path, "--size=1242x375")
+    call("tracklets", DATA / "mammoth_rhino" / "gt" / "gt.txt", tmp_path)
+    lengths = {p.stem: len(next(iter(tracklets.read_tracklets(p).values()))) for p in tmp_path.glob("*.json")}
+    assert lengths == {"b1c66a42-6f7d68ca": 202, "0001": 447, "mammoth_rhino": 49}
+
+
+@pytest.mark.parametrize("how", ["link", "copy", "move"])
+def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, how):
+    root = tmp_path / "root"
+    for film in range(6):
+        for scene in range(2):
+            films.pictures(root / f"film{film}_scene{scene:03d}", 8)
+    films.write(root / "a.mp4", frames=10)
+    (root / "a.txt").write_text("a caption")
+    (root / "metadata.jsonl").write_text('{"file_name": "a.mp4", "fps": 5}\n{"file_name": "film0_scene000", "fps": 5}')
+    call("split", root, tmp_path / "out", "--held_out=0.3", f"--how={how}")
+    train, held = ({p.name for p in (tmp_path / "out" / part).iterdir()} for part in ("train", "held_out"))
+    clips = {n for n in train | held if n.startswith(("film", "a.mp4"))}
+    assert len(clips) == 13 and not train & held - {"metadata.jsonl"}
+    assert not {n[:5] for n in train if n.startswith("film")} & {n[:5] for n in held if n.startswith("film")}
+    assert 3 <= sum(n.startswith(("film", "a.mp4")) for n in held) <= 6
+    (side,) = (part for part in ("train", "held_out") if (tmp_path / "out" / part / "a.mp4").exists())
+    assert (tmp_path / "out" / side / "a.txt").read_text() == "a caption"
+    assert folders.read_metadata(tmp_path / "out" / side)["a.mp4"]["fps"] == 5
+    assert (root / "a.mp4").exists() == (how != "move")
+    assert len(Clips([tmp_path / "out" / "train", tmp_path / "out" / "held_out"], 8, "native")) == 13
+    with pytest.raises(SystemExit, match="is there already|takes two"):
+        call("split", root, tmp_path / "out")
+
+
+def test_what_is_held_out_stays_held_out_when_clips_come():
+    few = {f"film{i}": ["x"] for i in range(40)}
+    more = {**few, **{f"new{i}": ["x"] for i in range(40)}}
+    assert prepare_data.held_out(few, 0.2, 0) <= prepare_data.held_out(more, 0.4, 0)
+    assert len(prepare_data.held_out(few, 0.2, 0)) == 8 and prepare_data.held_out(
+        few, 0.2, 0
+    ) != prepare_data.held_out(few, 0.2, 1)
+
+
+def test_one_film_cannot_be_split(tmp_path):
+    films.pictures(tmp_path / "root" / "a_scene000", 8)
+    films.pictures(tmp_path / "root" / "a_scene001", 8)
+    with pytest.raises(SystemExit, match="takes two that are not of one film"):
+        call("split", tmp_path / "root", tmp_path / "out")
+    assert not shutil.os.path.exists(tmp_path / "out" / "train")
