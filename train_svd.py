@@ -390,7 +390,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     metrics = runs.Metrics(args.output_dir, first) if accelerator.is_main_process else None
     bar = tqdm(initial=first, total=args.max_train_steps, disable=not accelerator.is_main_process)
 
-    with runs.Signals() as signals, saver:
+    with runs.Signals() as signals, saver, bar:
         for step in range(first + 1, args.max_train_steps + 1):
             began, sums = watch.begin_step(), torch.zeros(4, device=device)
             for _ in range(args.gradient_accumulation_steps):
@@ -433,7 +433,6 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
                 sys.exit(143)
             if args.validation_steps and step % args.validation_steps == 0 and not last:
                 look(step)
-    bar.close()
     after = look(args.max_train_steps) if args.validation_steps else []
     with runs.averaged(ema, trained), processes.whole(accelerator, unet):
         if accelerator.is_main_process:

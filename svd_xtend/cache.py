@@ -130,6 +130,6 @@ def check_videos(folder, clips):
     stale = [clip.path.name for clip in videos if not is_fresh(folder, clip)]
     if stale:
         raise ValueError(
-            f"--latent_cache {folder}: {len(stale)} of {len(videos)} videos are missing, damaged or have changed since, "
+            f"--latent_cache {folder}: {len(stale)} of {len(videos)} videos are missing, damaged, of another size or have changed since, "
             f"{stale[0]} for one; run cache_latents.py again: it does only those"
         )

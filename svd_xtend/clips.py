@@ -1,7 +1,9 @@
 """A clip: frames by number, whether they are the pictures of a folder or in a video file, and when each is shown.
 
-clip.numbers(start=3, length=14, fps=7)       # which frames a window of 14 at 7 a second shows
-clip.read(numbers, 512, 320)                  # (f, h, w, 3) uint8
+    clip.numbers(start=3, length=14, fps=7)       # which frames a window of 14 at 7 a second shows
+    clip.read(numbers, 512, 320)                  # (f, h, w, 3) uint8
+
+Next: svd_xtend/decode.py, video files; svd_xtend/video.py, pictures.
 """
 
 import hashlib

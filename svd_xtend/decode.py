@@ -1,6 +1,6 @@
 """Video files: what one holds, and frames of it by number, decoded from the last keyframe before them.
 
-    film = probe("clip.mp4")                       # times of all frames, size, without decoding
+    film = probe("clip.mp4")                       # times of all frames, size; hardly decodes
     pixels = list(read("clip.mp4", film.times, [3, 7, 11]))      # (h, w, 3) uint8 each, upright
 
 What FFmpeg reads is read (by PyAV). Frames are known by their timestamps, so that a variable frame rate, and frames that an edit
@@ -136,9 +136,8 @@ def decode(path, times, first, last):
     for counted in (False, True)[first == 0 :]:
         container, stream = open_video(path)
         with container:
-            counted = counted or (
-                container.format.name == "avi" and stream.codec_context.has_b_frames
-            )  # AVI cannot say
+            reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # AVI cannot tell when
+            counted = counted or reordered
             if not counted:
                 container.seek(round(times[first] / float(stream.time_base)), stream=stream)
             for count, frame in enumerate(container.decode(stream)):

@@ -1,7 +1,7 @@
 """What a --base_folder holds, video folders, video files and pictures: the same for ten of them and for a million.
 
     listing = Listing("/data/a")
-    listing.fill(motion=True)                # look into those that were not looked into yet
+    listing.fill(motions=True)               # look into those that were not looked into yet
     listing.clip(3)                          # its frames by number; listing.note(3): what else is known of it
 
 Folders are listed once, and what is in them is looked at once. What was found is kept in one file of ~/.cache/svd_xtend for each, by
@@ -76,16 +76,15 @@ class Listing:
         self.root, self.file = Path(root), index_file(root)
         if not self.root.is_dir():
             raise ValueError(
-                f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg or .mp4 files"
+                f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg, or .mp4 files"
             )
         self.arrays = load(self.file)
         names = self.names()
         jsons, stamps = (self.arrays[k].tolist() for k in ("jsons", "stamps")) if names else ((), ())
         self.metadata = read_metadata(self.root)
         found = self.scan({name for name, time in zip(names, jsons) if time})
-        known = {
-            n: i for i, (n, s) in enumerate(zip(names, stamps)) if s != -1 and n in found and stamp(*found[n]) == s
-        }
+        same = [s != -1 and n in found and stamp(*found[n]) == s for n, s in zip(names, stamps)]
+        known = {name: i for i, name in enumerate(names) if same[i]}
         if self.arrays is None or not len(known) == len(found) == len(names):
             self.keep(self.list_changed(found, known))
         del self.metadata, self.texts

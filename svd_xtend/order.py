@@ -1,9 +1,11 @@
 """Which clips of some base folders are used, at which rate, size and motion; and which of them a sample shows.
 
-clips = Clips(["/data/a", "/data/b"], length=14, fps=7)
-clip = clips[5]                          # clips.Clip: frames by number, clip.told: fps, motion_bucket_id, caption
-order = Order(clips.pools(weights=[3, 1]), seed=0)
-next(order.choices(123456))              # the clip of global sample index 123456
+    clips = Clips(["/data/a", "/data/b"], length=14, fps=7)
+    clip = clips[5]                          # clips.Clip: frames by number, clip.told: fps, motion_bucket_id, caption
+    order = Order(clips.pools(weights=[3, 1]), seed=0)
+    next(order.choices(123456))              # the clip of global sample index 123456
+
+Next: svd_xtend/folders.py, what a folder holds; svd_xtend/clips.py, one clip.
 """
 
 import collections
@@ -56,10 +58,8 @@ class Clips:
         roots = [base_folders] if isinstance(base_folders, (str, Path, Listing)) else base_folders
         self.fps, self.length = fps, length
         self.source_fps = source_fps or (SOURCE_FPS if fps == "native" else fps)
-        self.listings, automatic = (
-            [root if isinstance(root, Listing) else Listing(root) for root in roots],
-            motion_bucket_id == "auto",
-        )
+        self.listings = [root if isinstance(root, Listing) else Listing(root) for root in roots]
+        automatic = motion_bucket_id == "auto"
         for listing in self.listings:
             listing.fill(sizes=buckets > 0, motions=automatic)
         self.kept, self.stills = [], []
@@ -101,7 +101,7 @@ class Clips:
         for i in np.flatnonzero(unused):
             n, need = a["counts"][i], (self.length - 1) / used[i]
             reason = (
-                f"too short, {n} frame(s) at {own[i]:.4g} a second; {self.length} at {used[i]:.4g} need {need:.3g} s"
+                f"too short, {n} frame(s) at {own[i]:.4g} a second; {self.length} at {used[i]:.4g} take {need:.3g} s"
             )
             reason = "holds no pictures" if n == 0 else reason
             reason = "a picture; --image_ratio uses them" if a["kinds"][i] == STILL else reason

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from svd_xtend import clips, motion
+from svd_xtend import clips, folders, motion
 
 logger = logging.getLogger("svd_xtend")
 
@@ -263,20 +263,29 @@ def settle_validation(args, data):
     if not args.validation_image:
         first = data[0]
         args.validation_image = [str(first.path / first.files[0] if first.files else first.path)]
+    fps = folders.SOURCE_FPS if args.fps == "native" else args.fps
     for path in args.validation_image:
-        told = {"fps": data.source_fps, "clip": None, "frames": None, "motion": None}
+        told = {"fps": fps, "clip": None, "frames": None, "motion": None}
         clip, start = clips.continuation(path, args.base_folder, data.source_fps) or (None, 0)
-        own = {} if clip is None else clip.told
         if clip is not None:
-            told["fps"] = clip.rate if args.fps == "native" else min(clip.rate, args.fps)
-            length, told["clip"] = args.num_frames, str(clip.path)
-            told["frames"] = (start + np.arange(length) * clip.rate / told["fps"]).round().astype(int).tolist()
-            if told["frames"][-1] < len(clip):
-                frames = clip.read(clip.numbers(start, length, told["fps"]), args.width, args.height, args.resize_mode)
-                told["motion"] = motion.score(frames, 1 / told["fps"])
-        fixed = args.motion_bucket_id != "auto"
-        bucket = args.motion_bucket_id if fixed else own.get("motion_bucket_id", data.bucket_of(told["motion"]))
-        args.validation.append({**told, "motion_bucket_id": float(bucket)})
+            told.update(clip=str(clip.path), fps=clip.rate if args.fps == "native" else min(clip.rate, args.fps))
+            numbers = (start + np.arange(args.num_frames) * clip.rate / told["fps"]).round().astype(int).tolist()
+            told.update(
+                frames=numbers, motion=true_motion(clip, start, args, told["fps"]) if numbers[-1] < len(clip) else None
+            )
+        own = {} if clip is None else clip.told
+        automatic = own.get("motion_bucket_id", data.bucket_of(told["motion"]))
+        told["motion_bucket_id"] = float(automatic if args.motion_bucket_id == "auto" else args.motion_bucket_id)
+        args.validation.append(told)
+
+
+def true_motion(clip, start, args, fps):
+    """motion.score of a clip from a frame on, as a validation renders it; None where it cannot be read."""
+    try:
+        frames = clip.read(clip.numbers(start, args.num_frames, fps), args.width, args.height, args.resize_mode)
+        return motion.score(frames, 1 / fps)
+    except ValueError as error:
+        logger.warning("%s; how much moves in it is not known", error)
 
 
 def log_validation(accelerator, args, step, rendered):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import films
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,25 @@ def test_the_loss_from_the_cache_is_the_loss_from_pixels(pipe, frames, cached):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"buckets": 8}])
+def test_of_video_files_too_sampled_by_time_and_in_every_size(pipe, tmp_path, how):
+    films.write(tmp_path / "files" / "a.mkv", "ffv1", "bgr0", frames=30, size=(96, 64))
+    films.write(tmp_path / "files" / "b.mp4", frames=30, size=(64, 96), gop=12)
+    folder = make(tmp_path / "cache", tmp_path / "files", *["--buckets"] * len(how), "--vae_encode_chunk=7")
+    args = train_svd.parse(train_svd.build_parser(), ["--seed=4", "--P_mean=0.7", "--P_std=1.6"])
+    live, stored = (
+        train_svd.DummyDataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, c, **how) for c in (None, folder)
+    )
+    for index in range(4):
+        batches = [batch_of(data, [index]) for data in (live, stored)]
+        with torch.no_grad():
+            a, b = (train_svd.svd_loss(pipe.unet, pipe, batch, args) for batch in batches)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if how:
+        with pytest.raises(ValueError, match="[12] of 2 videos are missing, damaged, of another size or have changed"):
+            train_svd.DummyDataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, folder)
+
+
 def test_a_run_from_the_cache_asks_clip_nothing_and_the_vae_for_one_frame(run, frames, cached, monkeypatch):
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection
@@ -97,7 +117,7 @@ def test_the_same_command_does_only_what_is_missing_and_leaves_nothing_half(fram
 
 def test_a_changed_frame_a_missing_video_and_a_damaged_file_are_one_error(frames, cached):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(frames / "fall0001" / "003.png")
-    with pytest.raises(ValueError, match="^--latent_cache .*: 1 of 3 videos are missing, damaged or have changed since, fall0001"):  # fmt: skip
+    with pytest.raises(ValueError, match="^--latent_cache .*: 1 of 3 videos are missing, damaged, of another size or have changed since, fall0001"):  # fmt: skip
         data_of(frames, cached)
     make(cached, frames)
     (cached / "fall0000.safetensors").unlink()

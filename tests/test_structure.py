@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import films
 import pytest
 import torch
 
@@ -131,8 +132,16 @@ def latent_cache(tmp_path_factory, boxed_clips):
     return folder
 
 
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A folder with a video file."""
+    return films.write(tmp_path_factory.mktemp("films") / "film.mp4", frames=30).parent
+
+
 @pytest.mark.parametrize("command", readme_commands(), ids=lambda c: re.sub(r"\W+", "_", c)[:50])
-def test_every_readme_command_runs(command, tmp_path, clips, boxed_clips, lora_folder, box_folder, latent_cache, farm):
+def test_every_readme_command_runs(
+    command, tmp_path, clips, boxed_clips, lora_folder, box_folder, latent_cache, film, farm
+):
     """As printed, but: paths that stand for a user's own are real ones, one process on the CPU, and the size, the
     length and the output folder of a test."""
     swap = {
@@ -151,6 +160,14 @@ def test_every_readme_command_runs(command, tmp_path, clips, boxed_clips, lora_f
     if "estimate_memory.py" in command:  # writes nothing, and has to tell of the size as printed
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and re.search(r"need(s|ed) +[\d.]+ GiB", done.stdout), done.stdout + done.stderr
+        return
+    if "prepare_data.py" in command:
+        command = re.sub(r"data/(extracted|halves)", str(tmp_path / "made"), command).replace(
+            "/path/to/videos", str(film)
+        )
+        command += f" --output_dir={tmp_path / 'made'}" * (" check " in command)
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and list((tmp_path / "made").iterdir()), done.stdout + done.stderr
         return
     caching = "cache_latents.py" in command
     command = command.replace("/path/to/cache", str(tmp_path if caching else latent_cache))

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import films
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,25 @@ def test_an_item_is_the_dummy_datasets_and_the_boxes_of_its_window(boxed_clips):
     assert {k: v.shape for k, v in item["cond"].items()} == {
         "boxes": (8, 8, 4), "valid": (8, 8), "hard": (8, 8), "colors": (8, 3)
     }  # fmt: skip
+
+
+def test_boxes_follow_a_video_file_and_the_rate_at_which_it_is_sampled(tmp_path):
+    """A square that moves 2 pixels a frame, every second frame of it; the caption beside the file is no annotation."""
+    films.write(tmp_path / "a.mkv", "ffv1", "bgr0", frames=30)
+    boxes = {str(i): [2 * i, 20, 2 * i + 16, 36] for i in range(30)}
+    told = {"size": [96, 64], "tracklets": [{"id": "square", "boxes": boxes}]}
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    (tmp_path / "a.txt").write_text("a white square")
+    args = script.script_parse([f"--base_folder={tmp_path}", "--draw_boxes=no", "--soft_boxes=0", "--box_dropout=0"])
+    data = script.TrackletDataset(args, tmp_path, 96, 64, 8, 12.5, 127, "crop", 5)
+    item = data[0]
+    for picture, box in zip(item["pixel_values"], item["cond"]["boxes"][:, 0]):
+        y, x = np.nonzero((picture == 255).all(0))
+        square = np.array([x.min() / 96, y.min() / 64, (x.max() + 1) / 96, (y.max() + 1) / 64])
+        np.testing.assert_allclose(box, square, atol=0.02)
+    steps = np.diff(item["cond"]["boxes"][:, 0, 0]) * 96
+    np.testing.assert_allclose(steps, 4, atol=1e-3)
+    assert item["caption"] == "a white square"
 
 
 def test_stage_1_draws_exact_boxes_2_hides_them_in_soft_ones_3_draws_nothing(boxed_clips):
