@@ -37,7 +37,7 @@ CODECS = {  # suffix, codec, options
     "mjpeg": ("mov", "mjpeg", {}),
     "gif": ("gif", "gif", {}),
 }
-SIZE, FRAMES, GOP, RATE = (640, 360), 150, 30, 25
+SIZE, FRAMES, GOP, RATE = (1280, 720), 120, 48, 24
 
 
 def write(path, codec, options):

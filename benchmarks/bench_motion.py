@@ -95,7 +95,7 @@ def draw(file, table):
         axes.errorbar(list(rows), falls, errors, color=color, marker="o", capsize=3, lw=2, label=label)
     for third, (speed, fall) in zip((1, 86, 171), FALL.items()):
         axes.hlines(fall, third, third + 84, color="#999999", ls=":", label="the true clips" if speed == 64 else None)
-    axes.set(xlabel="motion_bucket_id", ylabel="pixels fallen in 7 frames", ylim=(0, None), xticks=[1, *BUCKETS, 255])
+    axes.set(xlabel="motion_bucket_id", ylabel="pixels fallen in 7 frames", ylim=(0, 28), xticks=[1, *BUCKETS, 255])
     axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
 

@@ -23,6 +23,7 @@ SUFFIXES = {
     ".f4v", ".ogv", ".ogg", ".3gp", ".3g2", ".mxf", ".vob", ".divx", ".dv", ".y4m", ".nut", ".rm", ".rmvb", ".mjpg", ".mjpeg",
 }  # fmt: skip
 MOST_PIXELS = 8192 * 8192  # of a frame; a header that says more is damaged, or needs another machine
+THREADED = 640 * 360  # pixels of a frame, below which to start threads takes longer than they save
 UNTOLD = 2  # FFmpeg's number of a colour space that a file does not tell
 BT709, HIGH_DEFINITION = 1, 720  # what such a file then has, from this height on, by every player's convention
 
@@ -51,7 +52,8 @@ def open_video(path):
     with readable(path, "cannot be opened as a video"):
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             raise ValueError(f"{path}: is no file")
-        container = av.open(os.path.abspath(path))
+        # of up to 64 streams no frame is decoded for what it would tell: nothing here asks for that
+        container = av.open(os.path.abspath(path), stream_options=64 * [{"skip_frame": "all"}])
     try:
         if not container.streams.video:
             raise ValueError(f"{path}: has no video stream")
@@ -61,6 +63,8 @@ def open_video(path):
         width, height = stream.codec_context.width, stream.codec_context.height
         if not 0 < width * height <= MOST_PIXELS:
             raise ValueError(f"{path}: says that its frames are {width}x{height}")
+        if width * height < THREADED:
+            stream.codec_context.thread_count = 1
         return container, stream
     except ValueError:
         container.close()
@@ -92,6 +96,7 @@ def probe(path):
                 for p in container.demux(stream)
                 if p.size and not (p.is_discard or p.is_corrupt)
             ]
+        first = first_frame(container, stream)
         rate, promised = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
         if any(stamp is None for stamp, _ in packets):  # a bare stream: frames follow each other at the stated rate
             stamped = np.arange(len(packets)) / rate
@@ -106,8 +111,19 @@ def probe(path):
         if times[-1] <= times[0]:
             raise ValueError(f"{path}: its timestamps do not advance")
         rate = (len(times) - 1) / (times[-1] - times[0])
-    height, width = next(iter(read(path, times, [0]))).shape[:2]
+    height, width = (next(iter(read(path, times, [0]))) if first is None else first).shape[:2]
     return Film(times, np.searchsorted(times, keys), width, height, rate)
+
+
+def first_frame(container, stream):
+    """Pixels of it, from a container that was read through; None where that cannot go back."""
+    import av
+
+    try:
+        container.seek(stream.start_time or 0, stream=stream)
+        return to_pixels(next(container.decode(stream)), aspect_of(stream))
+    except (av.error.FFmpegError, OSError, StopIteration):
+        return None
 
 
 def read(path, times, numbers):
@@ -147,10 +163,15 @@ def decode(path, times, first, last):
                 if number > first:
                     break  # that one is missing, or comes later
                 if number == first:
-                    yield number, frame, stream.sample_aspect_ratio
+                    yield number, frame, aspect_of(stream)
                     first += 1
                 if number == last:
                     return
+
+
+def aspect_of(stream):
+    """Width to height of its pixels, which some files tell in their frames alone; None: it does not tell."""
+    return stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
 
 
 def nearest(times, time):

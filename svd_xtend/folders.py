@@ -226,6 +226,8 @@ class Listing:
         """Look into all video files that were not looked into yet; with `sizes`, and `motions`, also for those of folders. What
         was found is kept every minute, for a run that is killed. measure: of all clips, once, in place of Clip.motion, which is
         so called, too; it may answer {cuts} beside columns."""
+        import cv2
+
         a, columns = self.arrays, {name: np.array(self.arrays[name]) for name in COLUMNS}
         of_frames = (a["kinds"] == FRAMES) & (a["counts"] > 0)
         todo = (a["kinds"] == FILE) & ~a["looked"]
@@ -236,6 +238,7 @@ class Listing:
         if not todo:
             return
         notes, saved = self.notes(), time.monotonic()
+        cv2.setNumThreads(1)  # clips are looked at side by side
         look = partial(self.look, measure=measure or Clip.motion, whole=measure is not None, motions=motions)
         with ThreadPoolExecutor(os.cpu_count()) as pool, progress(len(todo), f"looking into {self.root}") as bar:
             for i, (row, note) in in_turn(pool, look, todo):

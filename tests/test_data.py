@@ -132,7 +132,7 @@ def test_clip_json_tells_fps_and_motion_bucket(tmp_path, caplog):
     (tmp_path / "a" / "clip.json").write_text("[1]")
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="no video"):
         dataset(tmp_path)
-    assert "a: a/clip.json: expected {" in caplog.text
+    assert "a: clip.json: expected {" in caplog.text
 
 
 def test_each_pass_shows_every_clip_once_in_a_new_order(tmp_path):
