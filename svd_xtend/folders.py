@@ -28,6 +28,7 @@ from svd_xtend.clips import Clip, read_clip_json, told_of
 
 logger = logging.getLogger("svd_xtend")
 
+FORMAT = 2  # of an index: one of another is not read
 SETTLED = 2e9  # nanoseconds; what is younger may change again without a later time of change
 THREADS = 8  # that wait for a network file system
 SAVED_EVERY = 60  # seconds of looking that a killed run can lose
@@ -364,7 +365,7 @@ def decode_all(joined, ends):
 def index_file(root):
     """Where what was found in a base folder is kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "svd_xtend")
-    return cache / f"{hashlib.blake2b(os.fsencode(os.path.abspath(root)), digest_size=12).hexdigest()}.index"
+    return cache / f"{hashlib.blake2b(os.fsencode(os.path.abspath(root)), digest_size=12).hexdigest()}.{FORMAT}.index"
 
 
 def load(file):

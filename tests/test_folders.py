@@ -107,6 +107,14 @@ def test_a_damaged_index_or_one_that_may_not_be_written_costs_a_listing_and_no_m
     assert "the next start lists the folder again" in caplog.text
 
 
+def test_an_index_of_another_format_is_not_read(tmp_path, monkeypatch):
+    root = videos(tmp_path / "root", 3)
+    monkeypatch.setattr(folders, "FORMAT", folders.FORMAT - 1)
+    folders.save({"names": np.zeros(3, np.uint8)}, folders.index_file(root))
+    monkeypatch.undo()
+    assert len(Clips(root, 3)) == 3
+
+
 def found_by(clips, answer):
     answer.put(names(clips))
 
