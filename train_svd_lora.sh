@@ -1,4 +1,4 @@
-base_folder="data/fall" # <- your folder of video folders of frames; data/fall is drawn at first use
+base_folder="data/fall" # <- your folder of videos, files or folders of frames; data/fall is drawn at first use
 # LoRA fine-tuning. Without arguments: sets itself up, trains the embedded SVD to make shapes fall, on any machine.
 #     bash train_svd_lora.sh
 #     bash train_svd_lora.sh --pretrained_model_name_or_path=/path/to/weight        1024x576 x 25 frames, as your GPU allows

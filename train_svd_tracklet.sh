@@ -1,4 +1,4 @@
-base_folder="data/roam" # <- your folder of video folders of frames, each with its tracklets.json; data/roam is drawn at first use
+base_folder="data/roam" # <- your folder of videos, files or folders of frames, each with its tracklets.json; data/roam is drawn at first use
 # Box control, in three stages. Without arguments: sets itself up, trains the embedded SVD on moving shapes, anywhere.
 #     bash train_svd_tracklet.sh
 #     bash train_svd_tracklet.sh --pretrained_model_name_or_path=/path/to/weight --tracklets=/path/to/annotations
