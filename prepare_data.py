@@ -44,9 +44,9 @@ class Scenes:
         self.when, self.rate, self.count, self.cuts = FrameTimecode, float(rate), 0, []
 
     def add(self, frame):
-        """frame: (h, w, 3) uint8."""
-        small = motion.smaller(frame)[..., ::-1]  # OpenCV's order of colours
-        self.cuts += self.detector.process_frame(self.when(self.count, self.rate), np.ascontiguousarray(small))
+        """frame: (h, w, 3) uint8, of motion.smaller."""
+        frame = np.ascontiguousarray(frame[..., ::-1])  # OpenCV's order of colours
+        self.cuts += self.detector.process_frame(self.when(self.count, self.rate), frame)
         self.count += 1
 
     def found(self):
@@ -182,7 +182,7 @@ def scenes_of(path, film):
     """[(first frame, end)] of a video's scenes."""
     scenes = Scenes(film.rate)
     for frame in decode.read(path, film.times, range(len(film.times))):
-        scenes.add(frame)
+        scenes.add(motion.smaller(frame))
     cuts = scenes.found()
     return list(zip([0, *cuts], [*cuts, len(film.times)]))
 
@@ -190,26 +190,16 @@ def scenes_of(path, film):
 def extract(path, stem, args):
     """Folders of frames of one video, one for each scene. Returns how many, how many were too short, and whether it was done."""
     done = args.out / f".{stem}.extracted"  # a folder that starts with a dot is no clip
-    how = json.dumps(
-        [
-            str(path.absolute()),
-            path.stat().st_mtime_ns,
-            args.fps,
-            args.width,
-            args.height,
-            args.resize_mode,
-            args.scenes,
-            args.format,
-        ]
-    )
+    flags = args.fps, args.width, args.height, args.resize_mode, args.scenes, args.format
+    how = json.dumps([str(path.absolute()), path.stat().st_mtime_ns, *flags])
     if done.exists() and done.read_text() == how:
         return 0, 0, 1
     film = decode.probe(path)
     whole = clips.Clip(path, [], film.rate, film.times, told=folders.read_metadata(path.parent).get(path.name, {}))
     fps = film.rate if args.fps == "native" else min(args.fps, film.rate)
     parts, made, short = scenes_of(path, film) if args.scenes else [(0, len(film.times))], 0, 0
+    clock = whole.clock()
     for k, (first, end) in enumerate(parts):
-        clock = whole.clock()
         length = int((clock[end - 1] - clock[first]) * fps + 1 + clips.SLACK)
         if length < args.min_frames:
             short += 1
