@@ -361,6 +361,9 @@ def rate_of(text):
     return text if text == "native" else float(text)
 
 
+rate_of.__name__, size_of.__name__ = "number or native", "WIDTHxHEIGHT"  # argparse's errors name them
+
+
 def build_parser():
     """A command each, with its flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -408,3 +411,6 @@ if __name__ == "__main__":
         {"check": check, "frames": frames, "tracklets": convert, "split": split}[args.command](args)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    except OSError as error:  # a full disk, for one; what was made before is whole
+        where = error.filename or getattr(args, "out", None) or args.output_dir
+        raise SystemExit(f"{where}: {error.strerror or error}") from error
