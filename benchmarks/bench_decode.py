@@ -55,12 +55,13 @@ def write(path, codec, options):
         container.mux(stream.encode())
 
 
-def floor(path, film, numbers):
-    """Seconds of decoding from the keyframe to the window's end and of converting the window."""
+def floor(path, film, numbers, back=0):
+    """Seconds of decoding from the keyframe to the window's end and of converting the window; from the keyframe before,
+    where the window's first frames lead one and refer to it."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         if numbers[0]:
-            container.seek(round(film.times[numbers[0]] / float(stream.time_base)), stream=stream)
+            container.seek(round(film.times[max(numbers[0] - back, 0)] / float(stream.time_base)), stream=stream)
         packets, began, done = container.demux(stream), time.perf_counter(), 0
         for packet in packets:
             for frame in packet.decode():
@@ -70,7 +71,9 @@ def floor(path, film, numbers):
                     done += 1
                 if done == len(numbers):
                     return time.perf_counter() - began
-    raise ValueError(f"{path}: the window was not found")
+    if back:
+        raise ValueError(f"{path}: the window was not found")
+    return floor(path, film, numbers, decode.MOST_REORDERED)
 
 
 def measure(path, args):

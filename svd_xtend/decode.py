@@ -25,7 +25,11 @@ SUFFIXES = {
 MOST_PIXELS = 8192 * 8192  # of a frame; a header that says more is damaged, or needs another machine
 THREADED = 640 * 360  # pixels of a frame, below which to start threads takes longer than they save
 UNTOLD = 2  # FFmpeg's number of a colour space that a file does not tell
+MOST_REORDERED = 16  # frames that may be shown before one that is stored before them, by H.264's and H.265's limits
 BT709, HIGH_DEFINITION = 1, 720  # what such a file then has, from this height on, by every player's convention
+# To open a file FFmpeg decodes a frame for what a header may not tell. Nothing here asks for that: most decoders, told to skip it,
+# do; these do not, and are kept from it. All of their containers tell the size.
+UNASKED = {"vp8", "vp9", "libvpx", "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ def open_video(path):
     with readable(path, "cannot be opened as a video"):
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             raise ValueError(f"{path}: is no file")
-        # of up to 64 streams no frame is decoded for what it would tell: nothing here asks for that
-        container = av.open(os.path.abspath(path), stream_options=64 * [{"skip_frame": "all"}])
+        asked = ",".join(sorted(av.codecs_available - UNASKED))
+        probing = 64 * [
+            {"skip_frame": "all", "codec_whitelist": asked}
+        ]  # of up to 64 streams; it ends with the opening
+        container = av.open(os.path.abspath(path), stream_options=probing)
     try:
         if not container.streams.video:
             raise ValueError(f"{path}: has no video stream")
@@ -147,21 +154,23 @@ def read(path, times, numbers):
 
 
 def decode(path, times, first, last):
-    """(number, frame, its pixels' aspect) of frames first .. last: from a keyframe on by their timestamps; where these do
-    not give each of them, as files that tell wrong ones, counted from the start."""
-    for counted in (False, True)[first == 0 :]:
+    """(number, frame, its pixels' aspect) of frames first .. last: from a keyframe on by their timestamps, of two that are
+    far enough apart; where these do not give each of them, as files that tell wrong ones, counted from the start."""
+    for back in (0, MOST_REORDERED, None)[2 if first == 0 else 0 :]:
         container, stream = open_video(path)
         with container:
             reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # AVI cannot tell when
-            counted = counted or reordered
-            if not counted:
-                container.seek(round(times[first] / float(stream.time_base)), stream=stream)
+            counted = back is None or reordered
+            if (
+                not counted and container.format.name != "gif"
+            ):  # all of a GIF hangs on its first frame, which it stands at
+                container.seek(round(times[max(first - back, 0)] / float(stream.time_base)), stream=stream)
             for count, frame in enumerate(container.decode(stream)):
                 if not counted and frame.pts is None:
                     break
                 number = count if counted else nearest(times, float(frame.pts * frame.time_base))
                 if number > first:
-                    break  # that one is missing, or comes later
+                    break  # that one is missing, or comes later, or leads a keyframe and needs the one before
                 if number == first:
                     yield number, frame, aspect_of(stream)
                     first += 1

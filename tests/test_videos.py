@@ -56,6 +56,22 @@ def test_only_the_window_and_its_way_from_the_keyframe_is_decoded(tmp_path, monk
     assert seen == list(range(120, 141))
 
 
+def test_frames_that_lead_a_keyframe_are_decoded_from_the_one_before_not_from_the_start(tmp_path, monkeypatch):
+    """H.265's encoders let frames before a keyframe refer to it and to what is before: a seek to it does not give them."""
+    quiet = {"x265-params": "log-level=none:scenecut=0", "preset": "ultrafast"}
+    path = films.write(tmp_path / "a.mp4", "libx265", frames=200, gop=20, options=quiet)
+    film, (whole, _) = decode.probe(path), films.decode_all(path)
+    seen, nearest, led = [], decode.nearest, 0
+    monkeypatch.setattr(decode, "nearest", lambda *how: seen.append(nearest(*how)) or seen[-1])
+    for start in range(120, 160):
+        seen.clear()
+        got = list(decode.read(path, film.times, range(start, start + 5)))
+        assert np.array_equal(np.stack(got), whole[start : start + 5])
+        assert seen[-1] == start + 4 and len(seen) < 40  # by their times, in two tries at the most
+        led += seen[0] > start
+    assert led  # there are such frames
+
+
 def test_a_variable_frame_rate_is_sampled_by_time(tmp_path):
     """Whatever the gaps, a window shows what is on screen at its own even times."""
     times = np.cumsum(np.random.default_rng(3).integers(10, 120, 60))
