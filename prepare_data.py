@@ -11,18 +11,16 @@ parallel and, given the same command again, does only what is missing. Next: svd
 
 import argparse
 import collections
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import clips, decode, folders, motion, order, tracklets, video
+from svd_xtend import clips, decode, folders, held_out, motion, order, runs, tracklets, video
 
 logger = logging.getLogger("svd_xtend")
 
@@ -279,39 +277,10 @@ def convert(args):
 # -------------------------------------------------------------------------------------------------------------- split
 
 
-def source_of(listing, i):
-    """What must not be on both sides of a split: the video that a clip was extracted from, else the clip."""
-    name = listing.name(i)
-    if listing.arrays["kinds"][i] == folders.FRAMES and listing.arrays["jsons"][i]:
-        try:
-            name = json.loads((listing.root / name / "clip.json").read_text()).get("source", name)
-        except (ValueError, OSError):
-            pass
-    return re.sub(r"_scene\d+$", "", Path(name).stem)
-
-
-def held_out(sources, fraction, seed):
-    """Those of {source: clips} that are held out: the first in an order that depends on seed and name alone, so that what is
-    held out today is held out when more clips come, as long as the fraction has room for it."""
-
-    def key(name):
-        return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-
-    total, chosen, count = sum(map(len, sources.values())), set(), 0
-    for name in sorted(sources, key=key):
-        if count >= fraction * total or len(chosen) == len(sources) - 1:
-            break
-        chosen.add(name)
-        count += len(sources[name])
-    return chosen
-
-
 def split(args):
     """Two folders of links: train and held_out. Texts and annotations beside a clip go with it."""
-    listing, sources = folders.Listing(args.folder), {}
-    for i in range(len(listing.names())):
-        if listing.arrays["kinds"][i] != folders.STILL:
-            sources.setdefault(source_of(listing, i), []).append(listing.name(i))
+    listing = folders.Listing(args.folder)
+    sources = held_out.sources_of(listing)
     if len(sources) < 2:
         raise SystemExit(
             f"{args.folder}: {len(sources)} video(s); to hold some out takes two that are not of one film"
@@ -319,9 +288,14 @@ def split(args):
     for part in ("train", "held_out"):
         if (args.out / part).exists():
             raise SystemExit(f"{args.out / part}: is there already; remove it, or choose another folder")
-    chosen, metadata, counts = held_out(sources, args.held_out, args.seed), folders.metadata_rows(args.folder), {}
+    chosen, metadata, counts = (
+        held_out.choose(sources, args.held_out, args.seed),
+        folders.metadata_rows(args.folder),
+        {},
+    )
     for part in ("train", "held_out"):
-        names = [n for source, own in sources.items() if (source in chosen) == (part == "held_out") for n in own]
+        own = [i for source in sources if (source in chosen) == (part == "held_out") for i in sources[source]]
+        names = [listing.name(i) for i in own]
         (args.out / part).mkdir(parents=True)
         for name in names:
             stem = name if (args.folder / name).is_dir() else Path(name).stem
@@ -354,14 +328,7 @@ def size_of(text):
     return width, height
 
 
-def rate_of(text):
-    """A positive number, or native."""
-    if text != "native" and not float(text) > 0:
-        raise ValueError
-    return text if text == "native" else float(text)
-
-
-rate_of.__name__, size_of.__name__ = "number or native", "WIDTHxHEIGHT"  # argparse's errors name them
+size_of.__name__ = "WIDTHxHEIGHT"  # argparse's errors name it
 
 
 def build_parser():
@@ -371,14 +338,14 @@ def build_parser():
     # fmt: off
     c = commands.add_parser("check", help="what a folder holds, what will be skipped and why")
     c.add_argument("folder", type=Path)
-    c.add_argument("--fps", type=rate_of, default=7.0, help="as in training: a number, or native; default: %(default)s")
+    c.add_argument("--fps", type=runs.number_or("native"), default=7.0, help="as in training: a number, or native; default: %(default)s")
     c.add_argument("--source_fps", type=float, help="as in training: of frame folders without clip.json")
     c.add_argument("--num_frames", type=int, default=14, help="as in training; default: %(default)s")
     c.add_argument("--output_dir", default="outputs/check", help="for report.json and check.png; default: %(default)s")
     c = commands.add_parser("frames", help="extract videos to folders of frames")
     c.add_argument("video", nargs="+", help="files, or folders of them")
     c.add_argument("out", type=Path)
-    c.add_argument("--fps", type=rate_of, default="native", help="frames a second, by time; default: each video's own")
+    c.add_argument("--fps", type=runs.number_or("native"), default="native", help="frames a second, by time; default: each video's own")
     c.add_argument("--width", type=int, help="pixels; default: as it is")
     c.add_argument("--height", type=int)
     c.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop")

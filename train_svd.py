@@ -12,7 +12,6 @@ A killed run goes on when the same command is given again. Next: train_svd_lora.
 """
 
 import argparse
-import itertools
 import logging
 import math
 import random
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import cache, checkpoints, fast_unet, memory, order, processes, runs, video
+from svd_xtend import cache, checkpoints, fast_unet, held_out, memory, order, processes, runs, video
 from svd_xtend.clips import load_picture
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
@@ -86,20 +85,6 @@ class DummyDataset:
         return {"pixel_values": rearrange(pixels, "f h w c -> f c h w"), **cached}
 
 
-class SampleIndices:
-    """Batches of global sample indices of one process, from sample `start` on, without end.
-
-    N processes with batch b see in a step what one process with batch N b would: ((micro-step N) + rank) b + i.
-    """
-
-    def __init__(self, start, batch_size, rank=0, world_size=1):
-        self.start, self.batch_size, self.rank, self.world_size = start, batch_size, rank, world_size
-
-    def __iter__(self):
-        for batch in itertools.count(self.rank, self.world_size):
-            yield [self.start + batch * self.batch_size + i for i in range(self.batch_size)]
-
-
 # ----------------------------------------------------------------------------------------------------------------- EDM
 
 
@@ -151,20 +136,24 @@ class SampleNoise:
 # -------------------------------------------------------------------------------------------------------- conditioning
 
 
+def posterior(vae, pixel_values, chunk=1):
+    """(b, f, 3, h, w) in [-1, 1] -> mean and std of the VAE's posterior (b, 2, f, 4, h/8, w/8) in float32.
+
+    Frames are encoded `chunk` at a time: the same result, 25 times less memory."""
+    import torch
+
+    with torch.no_grad():
+        frames = rearrange(pixel_values, "b f c h w -> (b f) c h w").to(vae.dtype)
+        parts = [vae.encode(part).latent_dist for part in frames.split(chunk)]
+    moments = torch.stack([torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])]).float()
+    return rearrange(moments, "m (b f) c h w -> b m f c h w", b=len(pixel_values))
+
+
 def encode_video(vae, pixel_values, noise, chunk=1, moments=None):
     """(b, f, 3, h, w) in [-1, 1] -> latents (b, f, 4, h/8, w/8) in float32, scaled to about unit variance.
 
-    Samples the posterior. Frames are encoded `chunk` at a time: the same result, 25 times less memory. moments: mean and
-    std of the posterior (b, 2, f, 4, h/8, w/8) from a cache; nothing is encoded then."""
-    import torch
-
-    if moments is None:
-        with torch.no_grad():
-            frames = rearrange(pixel_values, "b f c h w -> (b f) c h w").to(vae.dtype)
-            parts = [vae.encode(part).latent_dist for part in frames.split(chunk)]
-        moments = torch.stack([torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])]).float()
-        moments = rearrange(moments, "m (b f) c h w -> b m f c h w", b=len(pixel_values))
-    mean, std = moments.unbind(1)
+    Samples the posterior. moments: what `posterior` says, from a cache; nothing is encoded then."""
+    mean, std = (posterior(vae, pixel_values, chunk) if moments is None else moments).unbind(1)
     return (mean + std * noise.normal(*mean.shape[1:])) * vae.config.scaling_factor
 
 
@@ -180,6 +169,13 @@ def embed_image(pipe, first_frame):
     pixels = torch.stack([(pixels[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     with torch.no_grad():
         return pipe.image_encoder(pixels.to(pipe.image_encoder.dtype)).image_embeds[:, None]
+
+
+def encode_ahead(pipe, batch, args):
+    """The batch with what the frozen models say of it, for losses to come: only the noised first frame is left to encode."""
+    frames = batch["pixel_values"]
+    moments = posterior(pipe.vae, frames, args.vae_encode_chunk)
+    return {**batch, "moments": moments, "image_embeds": embed_image(pipe, frames[:, 0])}
 
 
 def condition(pipe, first_frame, fps, motion_bucket_id, noise, image_embeds=None):
@@ -318,6 +314,33 @@ def select_parameters(unet, args):
     return unet
 
 
+def load_data(args, dataset, accelerator):
+    """(the clips to train on, those held out or None), each a `dataset`."""
+    folders, apart = args.base_folder, args.validation_folder
+    step = args.buckets and checkpoints.pixel_step(args.pretrained_model_name_or_path, args.revision)
+    size, told = (args.width, args.height, args.num_frames), (args.fps, args.motion_bucket_id, args.resize_mode)
+    with accelerator.main_process_first():  # it lists the folder, the others read the list
+        ensure_demo(folders)
+        if args.validation_ratio:
+            folders, apart = (
+                [held_out.part(f, args.validation_ratio, held) for f in folders] for held in (False, True)
+            )
+        data = dataset(
+            folders, *size, *told, args.seed, args.latent_cache, args.folder_weights, args.source_fps, step, args.image_ratio,
+            args.per_gpu_batch_size * accelerator.num_processes,
+        )  # fmt: skip
+        held = (
+            apart
+            and args.validation_steps
+            and dataset(apart, *size, *told, args.validation_seed, None, None, args.source_fps, step)
+        )
+    processes.check_same("--base_folder", data.clips.digest())
+    if held:
+        processes.check_same("--validation_folder", held.clips.digest())
+        held.clips.rank_among(data.clips)
+    return data, held
+
+
 def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     """The loop of every trainer. dataset, prepare_unet, export, validate and loss are what a kind of training brings:
     see the last lines of each script."""
@@ -339,19 +362,11 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     trained = checkpoints.place(pipe, unet, args.mixed_precision, device, not args.latent_cache, master)
 
     # data
-    with accelerator.main_process_first():  # it lists the folder, the others read the list
-        ensure_demo(args.base_folder)
-        data = dataset(
-            args.base_folder, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode,
-            args.seed, args.latent_cache, args.folder_weights, args.source_fps,
-            args.buckets and checkpoints.pixel_step(args.pretrained_model_name_or_path, args.revision), args.image_ratio,
-            args.per_gpu_batch_size * world,
-        )  # fmt: skip
-    processes.check_same("--base_folder", data.clips.digest())
+    data, held = load_data(args, dataset, accelerator)
     step_samples = args.per_gpu_batch_size * world * args.gradient_accumulation_steps
     args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
     args.learning_rate *= step_samples if args.scale_lr else 1
-    runs.settle_validation(args, data.clips)
+    runs.settle_validation(args, data.clips, held and held.clips)
     runs.record_args(accelerator, args, data.clips)
 
     # optimizer
@@ -365,13 +380,20 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
     saved = accelerator, args.output_dir, args.checkpoints_total_limit, unet, optimizer, schedule, ema
     saver = checkpoints.Saver(*saved)
 
+    held = held and held_out.HeldOut(held, args, loss, encode_ahead, pipe, accelerator)
+
     def look(step):
-        clips = []
+        clips, losses = [], {}
+        if held:
+            with processes.whole(accelerator, unet):
+                losses["raw"] = held.losses(unet)
         with torch.no_grad(), runs.averaged(ema, trained), processes.whole(accelerator, unet):
+            if held and ema:
+                losses["ema"] = held.losses(unet)
             if accelerator.is_main_process:
                 with checkpoints.at_hand(pipe, device):
                     clips = validate(pipe, unet, step, args)
-                runs.log_validation(accelerator, args, step, clips)
+                runs.log_validation(accelerator, args, step, clips, held and held.compare(step, losses))
         accelerator.wait_for_everyone()
         return clips
 
@@ -382,7 +404,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         progress = saver.resume(checkpoint)
         logger.info("resumed from %s", checkpoint)
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=SampleIndices(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
+        data, batch_sampler=order.SampleIndices(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
         num_workers=args.num_workers, pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
         worker_init_fn=runs.ignore_signals,
     )  # fmt: skip
@@ -451,16 +473,6 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 # ----------------------------------------------------------------------------------------------------------------- CLI
 
 
-def number_or(word):
-    """The type of a flag that is a number, or this word."""
-
-    def number(text):
-        return text if text == word else float(text)
-
-    number.__name__ = f"number or {word}"  # argparse's error names it
-    return number
-
-
 def build_parser(description=__doc__, **defaults):
     """The flags that all trainers share, in the order in which the file uses them; `defaults` are a script's own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -479,9 +491,9 @@ def build_parser(description=__doc__, **defaults):
     g = parser.add_argument_group("data")
     g.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folder of videos, files or folders of frames, or several; default: {base_folder}")
     g.add_argument("--folder_weights", nargs="+", type=float, metavar="WEIGHT", help="of several folders, how many samples each has, relative to the others; default: each clip counts the same")
-    g.add_argument("--fps", type=number_or("native"), default=7, help="frames a second at which clips are sampled, by time, and of validation; native: each clip's own; a clip that has fewer keeps its own; default: %(default)s")
+    g.add_argument("--fps", type=runs.number_or("native"), default=7, help="frames a second at which clips are sampled, by time, and of validation; native: each clip's own; a clip that has fewer keeps its own; default: %(default)s")
     g.add_argument("--source_fps", type=float, help="frames a second of frame folders without clip.json; default: --fps, or 7")
-    g.add_argument("--motion_bucket_id", type=number_or("auto"), default="auto", help="of clips that do not tell theirs: auto, 1 to 255 by how much moves in each, or a number, SVD's own 127 for one; of validation; default: %(default)s")
+    g.add_argument("--motion_bucket_id", type=runs.number_or("auto"), default="auto", help="of clips that do not tell theirs: auto, 1 to 255 by how much moves in each, or a number, SVD's own 127 for one; of validation; default: %(default)s")
     g.add_argument("--image_ratio", type=float, default=0.0, help="fraction of samples that are pictures lying in the folders, as clips of one frame; default: %(default)s")
     g.add_argument("--buckets", action="store_true", help="sample each clip in the aspect ratio nearest to its own, at about as many pixels; a batch is of one size")
     g.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
@@ -517,7 +529,10 @@ def build_parser(description=__doc__, **defaults):
 
     g = parser.add_argument_group("validation")
     g.add_argument("--validation_steps", type=int, default=500, help="render every so many steps, before and after; 0: never")
-    g.add_argument("--validation_image", nargs="+", default=[], metavar="IMAGE", help="pictures, or videos of which the first frame, to animate; default: the first video's")
+    g.add_argument("--validation_folder", nargs="+", metavar="FOLDER", help="clips to hold out: each validation tells the loss on them, of the model and of the one that the run began with, on the same draws")
+    g.add_argument("--validation_ratio", type=float, default=0.0, help="hold out this fraction of --base_folder's clips instead; none of a film that trains")
+    g.add_argument("--validation_clips", type=int, default=16, help="how many of them count; default: %(default)s")
+    g.add_argument("--validation_image", nargs="+", default=[], metavar="IMAGE", help="pictures, or videos of which the first frame, to animate; default: the first video's, of those held out where there are some")
     g.add_argument("--noise_aug_strength", type=float, default=0.0, help="noise on the validation image")
     g.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps")
     g.add_argument("--decode_chunk_size", type=int, default=8, help="frames decoded at once; lower when validation runs out of memory")
@@ -545,7 +560,7 @@ def parse(parser, argv=None):
             near = round(getattr(args, flag) / 8) * 8 or 8
             parser.error(f"--{flag} {getattr(args, flag)}: must be a multiple of 8; try {near}")
     for flag in ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk",
-                 "decode_chunk_size", "num_frames", "rank"):  # fmt: skip
+                 "validation_clips", "decode_chunk_size", "num_frames", "rank"):  # fmt: skip
         if getattr(args, flag, None) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.offload_activations and args.gradient_checkpointing not in ("blocks", "nested"):
@@ -562,8 +577,11 @@ def parse(parser, argv=None):
     for flag in ("fps", "source_fps"):
         if getattr(args, flag) not in (None, "native") and not 0 < getattr(args, flag) < math.inf:
             parser.error(f"--{flag} {getattr(args, flag)}: must be above 0")
-    if not 0 <= args.image_ratio < 1:
-        parser.error(f"--image_ratio {args.image_ratio}: from 0 to less than 1")
+    for flag in ("image_ratio", "validation_ratio"):
+        if not 0 <= getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: from 0 to less than 1")
+    if args.validation_folder and args.validation_ratio:
+        parser.error("--validation_ratio: not with --validation_folder, which has the held-out clips already")
     if args.image_ratio and args.latent_cache:
         parser.error("--image_ratio: not with --latent_cache, which holds videos alone")
     for path in args.validation_image:

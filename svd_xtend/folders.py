@@ -71,10 +71,11 @@ class Listing:
     `buckets` (NaN: none), `widths` and `heights` (0: not looked at), `motions` (motion.score; NaN: not looked at), `looked`: a
     video file that was, `checked`: one whose every frame was decoded; `stamps` tell whether it has changed, `jsons` when its
     clip.json did. `names`, `frames` (those of a folder, joined by "/") and `notes` (JSON) lie one after the other, each up to
-    its place in `name_ends`, `frame_ends`, `note_ends`. stray: [(name, why it is no clip)]."""
+    its place in `name_ends`, `frame_ends`, `note_ends`. stray: [(name, why it is no clip)]. used: a mask of the clips that are, or
+    True."""
 
     def __init__(self, root):
-        self.root, self.file = Path(root), index_file(root)
+        self.root, self.file, self.used = Path(root), index_file(root), True
         if not self.root.is_dir():
             raise ValueError(
                 f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg, or .mp4 files"

@@ -7,9 +7,7 @@ The score is the mean speed of the fastest twentieth of all pixels, not of all: 
 picture stands still. 1 is the picture's longer side in one second. SVD's own measure was never published.
 """
 
-import json
 import logging
-from pathlib import Path
 
 import numpy as np
 
@@ -101,11 +99,9 @@ def plot(file, scores, title):
     figure.savefig(file, dpi=110)
 
 
-def compare(output_dir, step, rows):
-    """Write what moves in the clips of a validation beside what moves in the true ones to <output_dir>/motion.jsonl, and
-    warn where the model has stopped moving. rows: [(name, generated, true score or None)]. Returns the means to log."""
-    if not rows:
-        return {}
+def compare(step, rows):
+    """What moves in the clips of a validation beside what moves in the true ones: (the row of <output_dir>/motion.jsonl, the
+    means, to log); warns where the model has stopped moving. rows: [(name, generated, true score or None)]."""
     generated, true = float(np.mean([g for _, g, _ in rows])), [t for *_, t in rows if t is not None]
     told = {"motion": generated, **({"motion_truth": float(np.mean(true))} if true else {})}
     paired = [(g, t) for _, g, t in rows if t is not None]
@@ -115,7 +111,5 @@ def compare(output_dir, step, rows):
             "lower --learning_rate, check fps and motion_bucket_id of the data (prepare_data.py check)", step,
             np.mean([g for g, _ in paired]), told["motion_truth"],
         )  # fmt: skip
-    with Path(output_dir, "motion.jsonl").open("a") as f:
-        clips = {name: {"motion": g, "motion_truth": t} for name, g, t in rows}
-        f.write(json.dumps({"step": step, **told, "clips": clips}) + "\n")
-    return told
+    clips = {name: {"motion": g, "motion_truth": t} for name, g, t in rows}
+    return {"step": step, **told, "clips": clips}, told

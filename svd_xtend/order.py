@@ -10,6 +10,7 @@ Next: svd_xtend/folders.py, what a folder holds; svd_xtend/clips.py, one clip.
 
 import collections
 import hashlib
+import itertools
 import logging
 from pathlib import Path
 
@@ -73,7 +74,10 @@ class Clips:
         self.motion_buckets, untimed = self.column("buckets", self.kept), np.isnan(self.column("rates", self.kept))
         self.motions = self.column("motions", self.kept) * np.where(untimed, self.source_fps / SOURCE_FPS, 1)
         untold = np.isnan(self.motion_buckets)
-        self.scores = self.motions[untold]  # by which buckets are given
+        self.scores, self.ranked = (
+            self.motions[untold],
+            untold & automatic,
+        )  # by which buckets are given, and to which clips
         self.motion_buckets[untold] = motion.buckets(self.scores) if automatic else motion_bucket_id
         self.shapes = bucket_sizes(*size, buckets) if buckets else [size]
         self.shape_of = self.nearest_shapes()
@@ -89,13 +93,15 @@ class Clips:
         a = listing.arrays
         own, used = self.rates(listing)
         good = np.array(['"trouble"' not in note for note in listing.notes()], bool) if len(a["notes"]) else True
+        good = good & listing.used
         long = (a["counts"] - 1 + SLACK) / own >= (self.length - 1) / used
         video = (a["kinds"] == FRAMES) | (a["kinds"] == FILE)
         return np.flatnonzero(good & video & long & (a["counts"] > 0)), np.flatnonzero(good & (a["kinds"] == STILL))
 
     def left_out(self, k):
         """[(name, why)] of the entries of the k-th base folder that are not used."""
-        listing, unused = self.listings[k], np.ones(len(self.listings[k].arrays["kinds"]), bool)
+        listing = self.listings[k]
+        unused = np.ones(len(listing.arrays["kinds"]), bool) & listing.used
         unused[self.kept[k]], unused[self.stills[k]] = False, False
         a, (own, used), told = listing.arrays, self.rates(listing), list(listing.stray)
         for i in np.flatnonzero(unused):
@@ -197,6 +203,10 @@ class Clips:
             number -= len(own)
         raise IndexError(number)
 
+    def rank_among(self, others):
+        """Give buckets by rank among other clips: those held out, which may be few, as those that train."""
+        self.motion_buckets[self.ranked] = [others.bucket_of(score) for score in self.motions[self.ranked]]
+
     def bucket_of(self, score):
         """motion_bucket_id of a clip of that motion among these; where they all tell theirs, SVD's own 127."""
         if score is None or not len(self.scores):
@@ -257,3 +267,17 @@ def share(weights, cycle=CYCLE):
     shares[np.argsort(shares - exact, kind="stable")[: cycle - shares.sum()]] += 1
     shares[shares.argmax()] -= (shares == 0).sum()
     return np.maximum(shares, 1)
+
+
+class SampleIndices:
+    """Batches of global sample indices of one process, from sample `start` on, without end.
+
+    N processes with batch b see in a step what one process with batch N b would: ((micro-step N) + rank) b + i.
+    """
+
+    def __init__(self, start, batch_size, rank=0, world_size=1):
+        self.start, self.batch_size, self.rank, self.world_size = start, batch_size, rank, world_size
+
+    def __iter__(self):
+        for batch in itertools.count(self.rank, self.world_size):
+            yield [self.start + batch * self.batch_size + i for i in range(self.batch_size)]

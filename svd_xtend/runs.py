@@ -120,6 +120,16 @@ def check_optimizer(args):
         )
 
 
+def number_or(word):
+    """The type of a flag that is a number, or this word."""
+
+    def number(text):
+        return text if text == word else float(text)
+
+    number.__name__ = f"number or {word}"  # argparse's error names it
+    return number
+
+
 @contextlib.contextmanager
 def writing(output_dir):
     """What goes wrong with files in here becomes one error that names the folder."""
@@ -150,7 +160,7 @@ def record_args(accelerator, args, data):
 SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer")  # must agree on resuming
 BELONGS_TO = (
     "pretrained_model_name_or_path", "pretrain_unet", "base_folder", "folder_weights", "fps", "source_fps",
-    "motion_bucket_id", "buckets", "image_ratio", "width", "height", "P_mean", "P_std",
+    "motion_bucket_id", "buckets", "image_ratio", "validation_ratio", "width", "height", "P_mean", "P_std",
 )  # fmt: skip
 
 
@@ -180,14 +190,29 @@ def averaged(ema, parameters):
         ema.restore(parameters)
 
 
+def rows_of(file):
+    """Of a file of JSON lines those that are whole; none where it is not there."""
+    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def write_row(file, row):
+    """Add a row to a file of JSON lines, in place of what an earlier start said of the same step."""
+    kept = [old for old in rows_of(file) if old["step"] != row["step"]]
+    partial = file.with_name(f"{file.name}.partial")
+    with writing(file.parent):
+        partial.write_text(
+            "".join(json.dumps(one) + "\n" for one in sorted([*kept, row], key=lambda one: one["step"]))
+        )
+        os.replace(partial, file)
+
+
 class Metrics:
     """<output_dir>/metrics.jsonl, one row a step; a resumed run drops the rows past its checkpoint."""
 
     def __init__(self, output_dir, step):
         self.file = Path(output_dir, "metrics.jsonl")
-        rows = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-        self.file.write_text("".join(row + "\n" for row in kept))
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(self.file) if row["step"] <= step))
 
     def write(self, step, loss, lr, grad_norm, seconds, peak):
         grad_norm = grad_norm if math.isfinite(grad_norm) else None  # fp16, skipped; JSON knows no infinity
@@ -254,19 +279,20 @@ def ignore_signals(worker_id):
         signal.signal(number, signal.SIG_IGN)
 
 
-def settle_validation(args, data):
-    """Choose the picture to animate where none is given, and into args.validation what each is told (`fps`,
-    `motion_bucket_id`), and of those that are frames of a `clip` how it goes on: the numbers of its `frames`, and their `motion`."""
+def settle_validation(args, data, held=None):
+    """Choose the picture to animate where none is given, of the clips held out or of all, and into args.validation what each is told
+    (`fps`, `motion_bucket_id`), and of those that are frames of a `clip` how it goes on: the numbers of its `frames`, and their `motion`."""
     args.validation = []
     if not args.validation_steps:
         return
     if not args.validation_image:
-        first = data[0]
+        first = (held or data)[0]
         args.validation_image = [str(first.path / first.files[0] if first.files else first.path)]
     fps = folders.SOURCE_FPS if args.fps == "native" else args.fps
+    roots = [*args.base_folder, *(args.validation_folder or [])]
     for path in args.validation_image:
         told = {"fps": fps, "clip": None, "frames": None, "motion": None}
-        clip, start = clips.continuation(path, args.base_folder, data.source_fps) or (None, 0)
+        clip, start = clips.continuation(path, roots, data.source_fps) or (None, 0)
         if clip is not None:
             told.update(clip=str(clip.path), fps=clip.rate if args.fps == "native" else min(clip.rate, args.fps))
             numbers = (start + np.arange(args.num_frames) * clip.rate / told["fps"]).round().astype(int).tolist()
@@ -288,17 +314,22 @@ def true_motion(clip, start, args, fps):
         logger.warning("%s; how much moves in it is not known", error)
 
 
-def log_validation(accelerator, args, step, rendered):
-    """Measure how much moves in the clips of a validation, and hand them to the trackers: videos to wandb, contact sheets
-    to tensorboard. rendered: [(name, image, frames)]."""
+def log_validation(accelerator, args, step, rendered, held=None):
+    """Measure how much moves in the clips of a validation, and hand them to the trackers as videos. rendered: [(name, image, frames)];
+    held: HeldOut.compare's answer."""
+    if held:
+        write_row(Path(args.output_dir, "held_out.jsonl"), held[0])
+        accelerator.log(held[1], step=step)
     rows = []
     for told, (name, _, frames) in zip(args.validation, rendered):
         # where boxes are in view beside it the clean picture is on the left
         width, height = round(frames[0].height * args.width / args.height), frames[0].height
         clean = [frame.crop((0, 0, width, height)) for frame in frames]
         rows.append((name, motion.score(clean, 1 / told["fps"]), told["motion"]))
-    with writing(args.output_dir):
-        accelerator.log(motion.compare(args.output_dir, step, rows), step=step)
+    if rows:
+        row, shown = motion.compare(step, rows)
+        write_row(Path(args.output_dir, "motion.jsonl"), row)
+        accelerator.log(shown, step=step)
     files = {name: Path(args.output_dir, "validation", f"step{step:06d}_{name}") for name, *_ in rendered}
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":

@@ -1,0 +1,201 @@
+"""Did it learn? The loss on clips that nothing trains on, of the model and of the one that the run began with, on the same draws.
+
+    held = HeldOut(data, args, svd_loss, encode_ahead, pipe, accelerator)
+    base = held.losses(unet)                                 # (clips, noise levels)
+    ...                                                      # train
+    row = compare(held.sigmas, base, held.losses(unet))      # the difference, with an interval, at each sigma and in total
+
+The training loss answers nothing: it mixes noise levels over nine e-folds, and a new one is drawn each time. Here clips, windows,
+noise levels and noise are fixed, so that most of what varies is in both losses, and leaves with their difference.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import re
+import time
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from svd_xtend import folders
+
+logger = logging.getLogger("svd_xtend")
+
+SIGMAS = 5  # noise levels
+CONFIDENCE = 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------- which clips
+
+
+def source_of(listing, i):
+    """What must not be on both sides of a split: the video that a clip was extracted from, else the clip."""
+    name = listing.name(i)
+    if listing.arrays["kinds"][i] == folders.FRAMES and listing.arrays["jsons"][i]:
+        try:
+            name = json.loads((listing.root / name / "clip.json").read_text()).get("source", name)
+        except (ValueError, OSError):
+            pass
+    return re.sub(r"_scene\d+$", "", Path(name).stem)
+
+
+def sources_of(listing):
+    """{source: numbers of its clips}, pictures left out."""
+    sources = {}
+    for i in np.flatnonzero(listing.arrays["kinds"] != folders.STILL).tolist():
+        sources.setdefault(source_of(listing, i), []).append(i)
+    return sources
+
+
+def choose(sources, fraction, seed=0):
+    """Those of {source: clips} that are held out: the first in an order that depends on seed and name alone, so that what is
+    held out today is held out when more clips come, as long as the fraction has room for it."""
+
+    def key(name):
+        return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+
+    total, chosen, count = sum(map(len, sources.values())), set(), 0
+    for name in sorted(sources, key=key):
+        if count >= fraction * total or len(chosen) == len(sources) - 1:
+            break
+        chosen.add(name)
+        count += len(sources[name])
+    return chosen
+
+
+def part(root, fraction, held):
+    """The Listing of a base folder's clips that train, or of those that are held out."""
+    listing = folders.Listing(root)
+    sources = sources_of(listing)
+    if len(sources) < 2:
+        raise ValueError(f"--validation_ratio: {root} holds {len(sources)} video(s); it takes two, not of one film")
+    own = [i for name in choose(sources, fraction) for i in sources[name]]
+    listing.used = np.full(len(listing.arrays["kinds"]), not held)
+    listing.used[own] = held
+    return listing
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+def noise_levels(P_mean, P_std, count=SIGMAS):
+    """Middles of `count` equally likely parts of log sigma ~ N(P_mean, P_std^2): a mean over them stands for that over what
+    training draws."""
+    return [float(np.exp(P_mean + P_std * NormalDist().inv_cdf((i + 0.5) / count))) for i in range(count)]
+
+
+class HeldOut:
+    """The losses of up to --validation_clips clips of a data set, at each of `sigmas`, with draws of their own that are always the same.
+
+    loss(model, pipe, batch, args): a trainer's own. encode(pipe, batch, args): the batch with what the frozen models say of
+    it, done once. process: an Accelerator or PartialState; of several each has its share of the clips."""
+
+    def __init__(self, data, args, loss, encode, pipe, process):
+        import torch
+        from torch.utils.data import default_collate
+
+        from svd_xtend.checkpoints import at_hand
+        from svd_xtend.runs import to_device
+
+        self.count, self.loss, self.pipe, self.device = (
+            min(args.validation_clips, len(data)),
+            loss,
+            pipe,
+            process.device,
+        )
+        self.own, self.at_once = (
+            range(process.process_index, self.count, process.num_processes),
+            args.per_gpu_batch_size,
+        )
+        self.sigmas = noise_levels(args.P_mean, args.P_std)
+        # log sigma is P_mean itself then, nothing is dropped, and noise is keyed by (validation_seed, clip, sigma)
+        fixed = {"seed": args.validation_seed, "P_std": 0.0, "conditioning_dropout_prob": (0.0, 0.0, 0.0)}
+        self.args, self.batches, self.base, self.seconds = argparse.Namespace(**{**vars(args), **fixed}), [], None, 0.0
+        with torch.no_grad(), at_hand(pipe, self.device):
+            for i in self.own:
+                batch = encode(pipe, to_device(default_collate([data[i]]), self.device), args)
+                self.batches.append(moved({**batch, "pixel_values": batch["pixel_values"][:, :1]}, "cpu"))
+
+    def losses(self, model):
+        """(clips, sigmas) float64, the same on every process."""
+        import torch
+        from accelerate.utils import gather_object
+
+        began, table = time.perf_counter(), np.zeros((self.count, len(self.sigmas)))
+        log_sigma = torch.tensor(self.sigmas).log()
+        for i, batch in zip(self.own, self.batches):
+            for levels in torch.arange(len(self.sigmas)).split(self.at_once):
+                args = argparse.Namespace(**{**vars(self.args), "P_mean": log_sigma[levels].to(self.device)})
+                draws = {**moved(batch, self.device, len(levels)), "index": i * len(self.sigmas) + levels}
+                with torch.no_grad():
+                    table[i, levels.numpy()] = self.loss(model, self.pipe, draws, args).double().cpu().numpy()
+        table = np.sum(gather_object([table]), axis=0)
+        self.base = table if self.base is None else self.base  # the first model asked for
+        self.seconds += time.perf_counter() - began
+        return table
+
+    def compare(self, step, losses):
+        """(the row of <output_dir>/held_out.jsonl, what a tracker gets) of {"raw": losses, "ema": losses}; says it, too."""
+        row, shown = {"step": step, "seconds": round(self.seconds, 3)}, {}
+        for name, table in losses.items():
+            row[name] = compare(self.sigmas, self.base, table)
+            shown |= curves(row[name], "held_out" if name == "raw" else f"held_out_{name}")
+            logger.info("step %d: held-out loss%s %s", step, " of the averages" * (name == "ema"), told(row[name]))
+        self.seconds = 0.0
+        return row, shown
+
+
+def moved(batch, device, times=None):
+    """The tensors of a batch, those in nested dicts too, on a device; of a single sample so many, which share its memory."""
+    kept = {}
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            kept[name] = moved(value, device, times)
+        elif hasattr(value, "to") and name != "index":
+            kept[name] = value.to(device)
+            kept[name] = kept[name].expand(times, *value.shape[1:]) if times else kept[name]
+    return kept
+
+
+# -------------------------------------------------------------------------------------------------------------- compare
+
+
+def interval(differences):
+    """(mean, low, high) of differences of pairs (n,), n independent clips: Student's t, CONFIDENCE; of one clip no ends."""
+    from scipy.stats import t
+
+    differences = np.asarray(differences, np.float64)
+    mean, n = differences.mean(), len(differences)
+    if n < 2:
+        return float(mean), None, None
+    reach = t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std(ddof=1) / n**0.5
+    return float(mean), float(mean - reach), float(mean + reach)
+
+
+def compare(sigmas, base, tuned):
+    """What two tables of losses (clips, sigmas) say: {sigma, base, loss: of each sigma; difference: (mean, low, high) in total,
+    by_sigma: at each}."""
+    difference = tuned - base
+    return {
+        "clips": len(base), "sigma": sigmas, "base": base.mean(0).tolist(), "loss": tuned.mean(0).tolist(),
+        "difference": interval(difference.mean(1)), "by_sigma": [interval(column) for column in difference.T],
+    }  # fmt: skip
+
+
+def told(row):
+    """A comparison in words."""
+    mean, low, high = row["difference"]
+    ends = f" (95 %: {low:+.3g} to {high:+.3g})" if low is not None else ""
+    base, loss = np.mean(row["base"]), np.mean(row["loss"])
+    return f"{loss:.4g}, that of the start {base:.4g}: {mean:+.3g}{ends} on {row['clips']} clips"
+
+
+def curves(row, name):
+    """A comparison as numbers for a tracker."""
+    mean, low, high = row["difference"]
+    shown = {"loss": np.mean(row["loss"]), "base": np.mean(row["base"]), "difference": mean, "low": low, "high": high}
+    shown |= {f"difference_sigma_{s:.3g}": d[0] for s, d in zip(row["sigma"], row["by_sigma"])}
+    return {f"{name}/{key}": float(value) for key, value in shown.items() if value is not None}
