@@ -288,11 +288,8 @@ def split(args):
     for part in ("train", "held_out"):
         if (args.out / part).exists():
             raise SystemExit(f"{args.out / part}: is there already; remove it, or choose another folder")
-    chosen, metadata, counts = (
-        held_out.choose(sources, args.held_out, args.seed),
-        folders.metadata_rows(args.folder),
-        {},
-    )
+    chosen = held_out.choose(sources, args.held_out, args.seed)
+    metadata, counts = folders.metadata_rows(args.folder), {}
     for part in ("train", "held_out"):
         own = [i for source in sources if (source in chosen) == (part == "held_out") for i in sources[source]]
         names = [listing.name(i) for i in own]

@@ -322,18 +322,15 @@ def load_data(args, dataset, accelerator):
     with accelerator.main_process_first():  # it lists the folder, the others read the list
         ensure_demo(folders)
         if args.validation_ratio:
-            folders, apart = (
+            folders, apart = [
                 [held_out.part(f, args.validation_ratio, held) for f in folders] for held in (False, True)
-            )
+            ]
         data = dataset(
             folders, *size, *told, args.seed, args.latent_cache, args.folder_weights, args.source_fps, step, args.image_ratio,
             args.per_gpu_batch_size * accelerator.num_processes,
         )  # fmt: skip
-        held = (
-            apart
-            and args.validation_steps
-            and dataset(apart, *size, *told, args.validation_seed, None, None, args.source_fps, step)
-        )
+        asked = apart and args.validation_steps
+        held = asked and dataset(apart, *size, *told, args.validation_seed, None, None, args.source_fps, step)
     processes.check_same("--base_folder", data.clips.digest())
     if held:
         processes.check_same("--validation_folder", held.clips.digest())

@@ -100,20 +100,13 @@ class HeldOut:
         from svd_xtend.checkpoints import at_hand
         from svd_xtend.runs import to_device
 
-        self.count, self.loss, self.pipe, self.device = (
-            min(args.validation_clips, len(data)),
-            loss,
-            pipe,
-            process.device,
-        )
-        self.own, self.at_once = (
-            range(process.process_index, self.count, process.num_processes),
-            args.per_gpu_batch_size,
-        )
-        self.sigmas = noise_levels(args.P_mean, args.P_std)
+        self.loss, self.pipe, self.device = loss, pipe, process.device
+        self.count, self.at_once = min(args.validation_clips, len(data)), args.per_gpu_batch_size
+        self.own = range(process.process_index, self.count, process.num_processes)
+        self.sigmas, self.base, self.seconds = noise_levels(args.P_mean, args.P_std), None, 0.0
         # log sigma is P_mean itself then, nothing is dropped, and noise is keyed by (validation_seed, clip, sigma)
         fixed = {"seed": args.validation_seed, "P_std": 0.0, "conditioning_dropout_prob": (0.0, 0.0, 0.0)}
-        self.args, self.batches, self.base, self.seconds = argparse.Namespace(**{**vars(args), **fixed}), [], None, 0.0
+        self.args, self.batches = argparse.Namespace(**{**vars(args), **fixed}), []
         with torch.no_grad(), at_hand(pipe, self.device):
             for i in self.own:
                 batch = encode(pipe, to_device(default_collate([data[i]]), self.device), args)

@@ -77,7 +77,7 @@ class Clips:
         self.scores, self.ranked = (
             self.motions[untold],
             untold & automatic,
-        )  # by which buckets are given, and to which clips
+        )  # by which clips have buckets, and which do
         self.motion_buckets[untold] = motion.buckets(self.scores) if automatic else motion_bucket_id
         self.shapes = bucket_sizes(*size, buckets) if buckets else [size]
         self.shape_of = self.nearest_shapes()

@@ -8,7 +8,8 @@ from PIL import Image
 
 import train_svd
 from svd_xtend import video
-from train_svd import DummyDataset, SampleIndices
+from svd_xtend.order import SampleIndices
+from train_svd import DummyDataset
 
 
 def picture(path, value, mode="RGB", size=(20, 12), **save):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from svd_xtend import folders, tracklets
+from svd_xtend import folders, held_out, tracklets
 from svd_xtend.order import Clips
 from train_svd import DummyDataset
 
@@ -224,10 +224,9 @@ def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, h
 def test_what_is_held_out_stays_held_out_when_clips_come():
     few = {f"film{i}": ["x"] for i in range(40)}
     more = {**few, **{f"new{i}": ["x"] for i in range(40)}}
-    assert prepare_data.held_out(few, 0.2, 0) <= prepare_data.held_out(more, 0.4, 0)
-    assert len(prepare_data.held_out(few, 0.2, 0)) == 8 and prepare_data.held_out(
-        few, 0.2, 0
-    ) != prepare_data.held_out(few, 0.2, 1)
+    assert held_out.choose(few, 0.2, 0) <= held_out.choose(more, 0.4, 0)
+    assert len(held_out.choose(few, 0.2, 0)) == 8
+    assert held_out.choose(few, 0.2, 0) != held_out.choose(few, 0.2, 1)
 
 
 def test_one_film_cannot_be_split(tmp_path):
