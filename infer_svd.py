@@ -17,20 +17,20 @@ from svd_xtend.lora import inject_lora, load_lora, scale_lora
 from svd_xtend.tiny import TINY_BOXES, TINY_SVD
 
 
-def load_checkpoint(unet, folder, ema=False, lora_scale=1.0):
+def load_checkpoint(unet, folder, ema=False, lora_scale=1.0, flag="--checkpoint"):
     """Put a training checkpoint's parameters, or their moving averages, into `unet`, adapters too."""
     from safetensors import safe_open
 
     file = Path(folder, checkpoints.EMA if ema else checkpoints.TRAINED)
     if not file.is_file():
         hint = "; it was trained without --use_ema" if ema and Path(folder, checkpoints.TRAINED).exists() else ""
-        raise ValueError(f"--checkpoint {folder}: no {file.name} in it{hint}")
+        raise ValueError(f"{flag} {folder}: no {file.name} in it{hint}")
     with safe_open(file, "pt") as f:
         has_lora = any(".lora_A." in name for name in f.keys())
     if has_lora:  # the adapters' shape is in the run's args.json
         told = Path(folder).resolve().parent / "args.json"
         if not told.exists():
-            raise ValueError(f"--checkpoint {folder}: holds adapters, but {told}, which has their shape, is missing")
+            raise ValueError(f"{flag} {folder}: holds adapters, but {told}, which has their shape, is missing")
         told = json.loads(told.read_text())
         alpha = told["rank"] if told["lora_alpha"] is None else told["lora_alpha"]
         inject_lora(unet, told["rank"], alpha, told["lora_targets"], told["use_dora"])

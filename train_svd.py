@@ -212,11 +212,12 @@ def drop_conditioning(image_embeds, image_latents, u, p_clip, p_latents, p_both)
 
 def svd_loss(model, pipe, batch, args):
     """EDM loss of each clip (b,). batch: pixel_values (b, f, 3, h, w) in [-1, 1], fps (b,), motion_bucket_id (b,),
-    index (b,), and optionally `cond`, keyword arguments of the model, and `pixel_weight` (b, f, 1, h/8, w/8)."""
+    index (b,), and optionally `cond`, keyword arguments of the model, `pixel_weight` (b, f, 1, h/8, w/8), and `noise` in place of
+    SampleNoise."""
     import torch
 
     pixel_values = batch["pixel_values"]
-    noise = SampleNoise(args.seed, batch["index"], pixel_values.device)
+    noise = batch.get("noise") or SampleNoise(args.seed, batch["index"], pixel_values.device)
     latents = encode_video(pipe.vae, pixel_values, noise, args.vae_encode_chunk, batch.get("moments"))
     image_embeds, image_latents, added_time_ids = condition(
         pipe, pixel_values[:, 0], batch["fps"], batch["motion_bucket_id"], noise, batch.get("image_embeds")
@@ -239,23 +240,26 @@ def svd_loss(model, pipe, batch, args):
 # ------------------------------------------------------------------------------------------------- validate and export
 
 
-def validate(pipe, unet, step, args):
-    """Render each --validation_image with fixed seeds into <output_dir>/validation; returns [(name, image, frames)]."""
+def sample(pipe, image, told, seed, args):
+    """Frames that follow an image, told its clip's `fps` and `motion_bucket_id`: the stock pipeline, its own guidance."""
     import torch
 
     def as_decoder(pipe, i, t, tensors):  # the UNet answers in float32 or half, the decoder may be in the other
         return {"latents": tensors["latents"].to(pipe.vae.dtype)} if i + 1 == args.num_inference_steps else tensors
 
+    return pipe(
+        image, image.height, image.width, args.num_frames, args.num_inference_steps, fps=told["fps"],
+        motion_bucket_id=told["motion_bucket_id"], noise_aug_strength=args.noise_aug_strength,
+        decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(seed), callback_on_step_end=as_decoder,
+    ).frames[0]  # fmt: skip
+
+
+def validate(pipe, unet, step, args):
+    """Render each --validation_image with fixed seeds into <output_dir>/validation; returns [(name, image, frames)]."""
     clips = []
     for path, told in zip(args.validation_image, args.validation):
-        image = load_picture(path, args.width, args.height, args.resize_mode)
-        frames = pipe(
-            image, args.height, args.width, args.num_frames, args.num_inference_steps, fps=told["fps"],
-            motion_bucket_id=told["motion_bucket_id"], noise_aug_strength=args.noise_aug_strength,
-            decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.validation_seed),
-            callback_on_step_end=as_decoder,
-        ).frames[0]  # fmt: skip
-        name = video.clip_name(path)
+        image, name = load_picture(path, args.width, args.height, args.resize_mode), video.clip_name(path)
+        frames = sample(pipe, image, told, args.validation_seed, args)
         video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, told["fps"])
         clips.append((name, image, frames))
     return clips

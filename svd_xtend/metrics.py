@@ -3,11 +3,12 @@
     frame_figures(made, true)         PSNR and SSIM of each frame, by torchmetrics
     order_figures(frames)             flicker, warp error, motion: of any clip, the true one too
     follow(frames, box)               where what a box holds in frame 0 goes: boxes, by optical flow
-    lpips(pairs), fvd(made, true)     by published networks whose weights the user has; else Missing says how to get them
+    lpips(), i3d()                    by published networks whose weights the user has; else Missing says how to get them
 
 Frames are (f, h, w, 3) uint8. Frame 0 was given: where a figure is of all frames, evaluate_svd.py leaves it out.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from svd_xtend import motion
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 I3D = "i3d_torchscript.pt"
+I3D_SOURCE = f"https://www.dropbox.com/s/ge9e5ujwgetktms/{I3D}"  # the network of StyleGAN-V's and Ctrl-V's evaluations
 LONGER = 256  # pixels of the longer side at which flow is computed, at least
 STILL = 0.5  # of these pixels: what moves less, from frame to frame, stands still
 
@@ -126,64 +128,53 @@ def control_figures(frames, asked):
 # ------------------------------------------------------------------------------------------------ by published networks
 
 
-def lpips(made, true):
-    """(f,) learned perceptual distance of frames (Zhang et al. 2018, AlexNet), by torchmetrics; Missing where it cannot."""
+def lpips():
+    """A function of two clips: (f,) learned perceptual distance of their frames (Zhang et al. 2018, AlexNet), by torchmetrics. Raises
+    Missing where it cannot."""
     import importlib.util
 
     import torch
 
     file = Path(torch.hub.get_dir(), "checkpoints", ALEXNET)
     if not importlib.util.find_spec("torchvision"):
-        raise Missing(f"LPIPS: needs torchvision (pip install torchvision) and AlexNet's weights in {file}")
-    if not file.exists():
-        raise Missing(f"LPIPS: download https://download.pytorch.org/models/{ALEXNET} to {file}")
+        raise Missing(
+            f"LPIPS is left out: pip install torchvision, and put https://download.pytorch.org/models/{ALEXNET} at {file}"
+        )
+    if not file.is_file():
+        raise Missing(f"LPIPS is left out: download https://download.pytorch.org/models/{ALEXNET} to {file}")
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
 
-    pairs = zip(planes(made).split(1), planes(true).split(1))
-    return np.array([float(distance(a, b, net_type="alex", normalize=True)) for a, b in pairs])
+    def measure(made, true):
+        pairs = zip(planes(made).split(1), planes(true).split(1))
+        return np.array([float(distance(a, b, net_type="alex", normalize=True)) for a, b in pairs])
+
+    return measure
 
 
-def i3d_file():
-    """Where the network of FVD is looked for."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "svd_xtend")
-    return cache / I3D
+def i3d(file=None):
+    """A function of a clip: the features (400,) of which FVD is made, as StyleGAN-V has them (Skorokhodov et al. 2022): I3D in
+    TorchScript, a short side of 224, cropped to a square. Raises Missing where the network is not at hand."""
+    import torch
+    from torch.nn.functional import interpolate
 
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    file = Path(file or Path(cache, "svd_xtend", I3D))
+    if not file.is_file():
+        raise Missing(f"FVD is left out: download {I3D_SOURCE} to {file}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = torch.jit.load(str(file), device).eval()
 
-class FVD:
-    """Frechet video distance (Unterthiner et al. 2018) as StyleGAN-V computes it (Skorokhodov et al. 2022): features (n, 400) of the
-    I3D network in TorchScript, clips resized to a short side of 224 and cropped. Missing where the network is not at hand."""
-
-    def __init__(self, file=None):
-        import torch
-
-        file = Path(file or i3d_file())
-        if not file.is_file():
-            raise Missing(
-                f"FVD: download https://www.dropbox.com/s/ge9e5ujwgetktms/{I3D} (the network of StyleGAN-V's evaluation) to {file}"
-            )
-        self.network = torch.jit.load(str(file), "cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.features = {}
-
-    def add(self, name, frames):
-        """Count a clip among those called `name`."""
-        import torch
-        from torch.nn.functional import interpolate
-
+    def features(frames):
         pixels = planes(frames) * 2 - 1
         scale = 224 / min(pixels.shape[-2:])
-        size = [max(round(side * scale), 224) for side in pixels.shape[-2:]]
-        pixels = interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
-        top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
-        clip = pixels[:, :, top : top + 224, left : left + 224].permute(1, 0, 2, 3)[None]
-        clip = clip.to(next(iter(self.network.parameters()), clip).device)
+        height, width = (math.ceil(side * scale - 1e-6) for side in pixels.shape[-2:])
+        pixels = interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
+        top, left = (height - 224) // 2, (width - 224) // 2
+        clip = pixels[:, :, top : top + 224, left : left + 224].permute(1, 0, 2, 3)[None].to(device)
         with torch.no_grad():
-            features = self.network(clip, rescale=False, resize=False, return_features=True)
-        self.features.setdefault(name, []).append(features.double().cpu().numpy().reshape(-1))
+            return network(clip, rescale=False, resize=False, return_features=True).double().cpu().numpy().reshape(-1)
 
-    def distance(self, a, b):
-        """Between the clips called a and those called b; None of fewer than two."""
-        a, b = np.stack(self.features[a]), np.stack(self.features[b])
-        return frechet(a, b) if min(len(a), len(b)) > 1 else None
+    return features
 
 
 def frechet(a, b):
