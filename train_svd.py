@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import cache, checkpoints, fast_unet, held_out, memory, order, processes, runs, video
+from svd_xtend import cache, checkpoints, fast_unet, held_out, memory, order, processes, report, runs, video
 from svd_xtend.clips import load_picture
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
@@ -464,10 +464,11 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         if after:
             rows = [{"init image": i, "before": b, "after": a} for (_, i, b), (*_, a) in zip(before, after)]
             video.write_comparison(Path(args.output_dir, "comparison"), rows, args.validation[0]["fps"])
+        page = report.write(args.output_dir)
         if args.push_to_hub:
             runs.push_to_hub(args)
         watch.report()
-        logger.info("done: weights and metrics in %s%s", args.output_dir, "; look at comparison.gif" * bool(after))
+        logger.info("done: weights in %s; look at %s", args.output_dir, page)
     accelerator.end_training()
 
 

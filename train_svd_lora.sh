@@ -23,13 +23,13 @@ if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     )
 else
     cd "$here"
-    python -m svd_xtend.shapes --base_folder data/fall_held_out --domain fall --clips 4 --seed 7919
+    python -m svd_xtend.shapes --base_folder data/fall_held_out --domain fall --clips 16 --seed 7919
     recipe=(
         --width=64 --height=48 --num_frames=8 --num_workers=0 --per_gpu_batch_size=4 --vae_encode_chunk=32
         --rank=32 --lora_targets attention feed_forward projection conv --learning_rate=2e-3 --lr_scheduler=cosine
         --lr_warmup_steps=10 --max_train_steps=200 --checkpointing_steps=100 --checkpoints_total_limit=1
         --validation_steps=100 --num_inference_steps=10 --seed=123 --output_dir=outputs/lora_tiny
-        --validation_image data/fall_held_out/fall000{0,1,2,3}/000.png
+        --validation_folder data/fall_held_out --validation_image data/fall_held_out/fall000{0,1,2,3}/000.png
     )
 fi
 accelerate launch --num_cpu_threads_per_process "$(nproc)" "$here/train_svd_lora.py" \

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # lists of folders that go again
@@ -14,7 +15,7 @@ from farm import Farm
 import train_svd
 import train_svd_lora
 import train_svd_tracklet
-from svd_xtend import runs
+from svd_xtend import report, runs
 from svd_xtend.checkpoints import load_svd
 from svd_xtend.shapes import write_clips
 from svd_xtend.tiny import TINY_SVD
@@ -64,11 +65,15 @@ def boxed_clips(tmp_path_factory):
 
 
 @pytest.fixture
-def run(clips, boxed_clips, tmp_path):
-    """run("--max_train_steps=2", ..., lora=False): train in this process as the script would; returns the folder."""
+def run(clips, boxed_clips, tmp_path, monkeypatch):
+    """run("--max_train_steps=2", ..., lora=False): train in this process as the script would; returns the folder. page: with
+    its report.html."""
     from accelerate.state import AcceleratorState, PartialState
 
-    def go(*flags, lora=False, tracklet=False, output_dir=tmp_path / "out", seed=1, **hooks):
+    write = report.write
+
+    def go(*flags, lora=False, tracklet=False, output_dir=tmp_path / "out", seed=1, page=False, **hooks):
+        monkeypatch.setattr(report, "write", write if page else Path)
         AcceleratorState._reset_state(reset_partial_state=True)
         flags = [*QUICK, f"--base_folder={boxed_clips if tracklet else clips}", f"--output_dir={output_dir}", *flags]
         if tracklet:
