@@ -320,25 +320,24 @@ def select_parameters(unet, args):
 
 def load_data(args, dataset, accelerator):
     """(the clips to train on, those held out or None), each a `dataset`."""
-    folders, apart = args.base_folder, args.validation_folder
+    folders, apart, ratio, held = args.base_folder, args.validation_folder, args.validation_ratio, None
     step = args.buckets and checkpoints.pixel_step(args.pretrained_model_name_or_path, args.revision)
     size, told = (args.width, args.height, args.num_frames), (args.fps, args.motion_bucket_id, args.resize_mode)
     with accelerator.main_process_first():  # it lists the folder, the others read the list
         ensure_demo(folders)
-        if args.validation_ratio:
-            folders, apart = [
-                [held_out.part(f, args.validation_ratio, held) for f in folders] for held in (False, True)
-            ]
         data = dataset(
-            folders, *size, *told, args.seed, args.latent_cache, args.folder_weights, args.source_fps, step, args.image_ratio,
-            args.per_gpu_batch_size * accelerator.num_processes,
+            held_out.part(folders, ratio, held=False) if ratio else folders, *size, *told, args.seed, args.latent_cache,
+            args.folder_weights, args.source_fps, step, args.image_ratio, args.per_gpu_batch_size * accelerator.num_processes,
         )  # fmt: skip
-        asked = apart and args.validation_steps
-        held = asked and dataset(apart, *size, *told, args.validation_seed, None, None, args.source_fps, step)
+        if args.validation_steps and (apart or ratio):
+            apart = held_out.part(folders, ratio, held=True) if ratio else apart
+            with held_out.found_in("--validation_ratio" if ratio else "--validation_folder"):
+                held = dataset(apart, *size, *told, args.validation_seed, None, None, args.source_fps, step)
     processes.check_same("--base_folder", data.clips.digest())
     if held:
         processes.check_same("--validation_folder", held.clips.digest())
         held.clips.rank_among(data.clips)
+        held.order = order.Order([(range(len(held)), 1)], args.validation_seed)  # each clip once, whatever its size
     return data, held
 
 

@@ -53,8 +53,8 @@ class TrackletDataset(DummyDataset):
     def boxes_of(self, clip):
         """(Tracklets of a video's frames, size of these)."""
         size = clip.picture_size()
-        own = t.of_clip(clip.path, self.options.tracklets, size, only=len(self.clips) == 1)
-        return own or t.Tracklets.empty(len(clip)), size
+        only = len(self.clips) == 1 and clip.path.parent in map(Path, self.options.base_folder)  # not one held out
+        return t.of_clip(clip.path, self.options.tracklets, size, only=only) or t.Tracklets.empty(len(clip)), size
 
     def read_window(self, clip, frames, index):
         item, (own, size), options = super().read_window(clip, frames, index), self.boxes_of(clip), self.options

@@ -10,6 +10,7 @@ noise levels and noise are fixed, so that most of what varies is in both losses,
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from svd_xtend import folders
+from svd_xtend import decode, folders
 
 logger = logging.getLogger("svd_xtend")
 
@@ -33,13 +34,11 @@ CONFIDENCE = 0.95
 
 def source_of(listing, i):
     """What must not be on both sides of a split: the video that a clip was extracted from, else the clip."""
-    name = listing.name(i)
-    if listing.arrays["kinds"][i] == folders.FRAMES and listing.arrays["jsons"][i]:
-        try:
-            name = json.loads((listing.root / name / "clip.json").read_text()).get("source", name)
-        except (ValueError, OSError):
-            pass
-    return re.sub(r"_scene\d+$", "", Path(name).stem)
+    name, kind = listing.name(i), listing.arrays["kinds"][i]
+    if kind == folders.FRAMES and listing.arrays["jsons"][i]:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            name = json.loads((listing.root / name / "clip.json").read_text())["source"] or name
+    return re.sub(r"_scene\d+$", "", Path(name).stem if decode.is_video(name) else Path(name).name)
 
 
 def sources_of(listing):
@@ -50,32 +49,52 @@ def sources_of(listing):
     return sources
 
 
-def choose(sources, fraction, seed=0):
+def choose(sources, fraction, seed=0, parts=None):
     """Those of {source: clips} that are held out: the first in an order that depends on seed and name alone, so that what is
-    held out today is held out when more clips come, as long as the fraction has room for it."""
+    held out today is held out when more clips come, as long as the fraction has room for it. Of each of `parts`, lists of
+    sources, the last one stays."""
 
     def key(name):
         return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
 
+    stay = {max(part, key=key) for part in parts or [sources]}
     total, chosen, count = sum(map(len, sources.values())), set(), 0
-    for name in sorted(sources, key=key):
-        if count >= fraction * total or len(chosen) == len(sources) - 1:
+    for name in sorted(sources.keys() - stay, key=key):
+        if count >= fraction * total:
             break
         chosen.add(name)
         count += len(sources[name])
     return chosen
 
 
-def part(root, fraction, held):
-    """The Listing of a base folder's clips that train, or of those that are held out."""
-    listing = folders.Listing(root)
-    sources = sources_of(listing)
-    if len(sources) < 2:
-        raise ValueError(f"--validation_ratio: {root} holds {len(sources)} video(s); it takes two, not of one film")
-    own = [i for name in choose(sources, fraction) for i in sources[name]]
-    listing.used = np.full(len(listing.arrays["kinds"]), not held)
-    listing.used[own] = held
-    return listing
+def part(roots, fraction, held):
+    """Listings of base folders' clips: those that train, of each folder, or those that are held out, of each that has some."""
+    listings, sources = [folders.Listing(root) for root in roots], {}
+    parts = [sources_of(listing) for listing in listings]
+    for k, own in enumerate(parts):
+        for name, clips in own.items():
+            sources.setdefault(name, []).extend((k, i) for i in clips)
+    chosen = choose(sources, fraction, parts=parts) if all(parts) else ()
+    if not chosen:
+        names = " ".join(map(str, roots))
+        raise ValueError(f"--validation_ratio: {names} holds {len(sources)} video(s); it takes two, not of one film")
+    for listing in listings:
+        listing.used = np.full(len(listing.arrays["kinds"]), not held)
+    for k, i in (place for name in chosen for place in sources[name]):
+        listings[k].used[i] = held
+    if held:
+        count = sum(len(sources[name]) for name in chosen)
+        logger.info("%d of %d clips are held out", count, sum(map(len, sources.values())))
+    return [listing for listing in listings if not held or listing.used.any()]
+
+
+@contextlib.contextmanager
+def found_in(flag):
+    """What is wrong with clips held out is not said of --base_folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--base_folder", flag, 1)) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
