@@ -3,7 +3,7 @@
     python evaluate_svd.py --tuned outputs/lora                                  # as that run was told: its held-out clips, its size
     python evaluate_svd.py --tuned outputs/svd/checkpoint-1000 --ema --validation_folder data/held_out
     python evaluate_svd.py --tuned outputs/tracklet/stage3 --protocol ctrl-v --validation_folder data/kitti_test
-    python evaluate_svd.py --parity --pretrained_model_name_or_path /path/to/weight --width 512 --height 320
+    python evaluate_svd.py --parity --pretrained_model_name_or_path /path/to/weight    # first of all, with a model or diffusers new to you
 
 --tuned takes what any trainer wrote: a full SVD, a LoRA, box control, a checkpoint of these. Several processes (accelerate launch)
 share the clips. Next: svd_xtend/held_out.py, svd_xtend/metrics.py.
@@ -12,73 +12,75 @@ share the clips. Next: svd_xtend/held_out.py, svd_xtend/metrics.py.
 import argparse
 import json
 import logging
+import math
+import os
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import train_svd
+import train_svd_tracklet
 from infer_svd import load_checkpoint
-from svd_xtend import checkpoints, fast_unet, held_out, metrics, runs, shapes, video
+from svd_xtend import checkpoints, fast_unet, held_out, metrics, processes, report, runs, shapes, tracklets, video
 from svd_xtend.lora import FILE_NAME, load_lora
 
 logger = logging.getLogger("svd_xtend")
 
-METRICS = {  # title; where it should go: higher, lower, or to what the true clips have
-    "psnr": ("PSNR, dB", "higher"),
-    "ssim": ("SSIM", "higher"),
-    "lpips": ("LPIPS", "lower"),
-    "first_frame_psnr": ("PSNR of frame 0, dB", "higher"),
-    "motion": ("motion, picture lengths a second", "truth"),
-    "flicker": ("flicker of what stands still, of 255", "truth"),
-    "warp_error": ("warp error, of 255", "truth"),
-    "box_iou": ("boxes: mean IoU", "higher"),
-    "box_success": ("boxes: IoU of at least 0.5", "higher"),
-    "fvd": ("FVD", "lower"),
-}
 # Ctrl-V (arXiv 2406.05630): 25 frames of 512x320, 30 sampling steps; frame 0 counts, and pictures are compared at 410x256
-PROTOCOLS = {"ctrl-v": dict(num_clips=200, num_frames=25, width=512, height=320, num_inference_steps=30)}
+PROTOCOLS = {"ctrl-v": dict(num_clips=200, num_frames=25, width=512, height=320, num_inference_steps=30, buckets=False)}  # fmt: skip
 COMPARED_AT = {"ctrl-v": (410, 256)}
+PARITY = dict(width=128, height=64)  # which does not depend on the size
+PLAIN = dict(
+    draw_boxes="no", soft_boxes=0.0, box_dropout=0.0
+)  # clips and boxes as they are, but for what a run was told
 SHOWN = 4  # clips in the comparison
-BASE, TUNED, TRUTH = "#8a8f98", "#5584e6", "#e2702c"
+COLORS = {"still": "#e0a72c", "base": "#8a8f98", "tuned": "#5584e6", "truth": "#e2702c"}
 
 
 # --------------------------------------------------------------------------------------------------------- what is compared
 
 
 def run_of(tuned):
-    """What the run that wrote `tuned`, an --output_dir or a checkpoint in it, was told; {} where that is not known."""
-    for folder in (Path(tuned), Path(tuned).absolute().parent):
-        if (folder / "args.json").is_file():
-            return json.loads((folder / "args.json").read_text())
+    """What the run that wrote `tuned`, an --output_dir, a file or a checkpoint in it, was told; {} where that is not known."""
+    for file in (Path(tuned, "args.json"), Path(tuned).absolute().parent / "args.json"):
+        if file.is_file():
+            try:
+                return dict(json.loads(file.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"--tuned {tuned}: {file} is damaged ({error})") from error
     return {}
 
 
 def settle(flags):
-    """All flags of a trainer: train_svd.py's defaults, over them what the run of --tuned was told, the protocol, and `flags`."""
+    """All flags of a trainer: the defaults, over them what the run of --tuned was told, the protocol, and `flags`."""
+    if flags.tuned and not Path(flags.tuned).exists():
+        raise ValueError(f"--tuned {flags.tuned}: not there")
     run = run_of(flags.tuned) if flags.tuned else {}
-    args = vars(train_svd.build_parser().parse_args([]))
+    args = vars(train_svd_tracklet.script_parser().parse_args([])) | PLAIN
     args |= {name: value for name, value in run.items() if name not in ("output_dir", "validation_image")}
-    args["num_clips"] = args["validation_clips"]
-    args |= PROTOCOLS.get(flags.protocol, {})
+    args |= {"num_clips": args["validation_clips"], **PROTOCOLS.get(flags.protocol, PARITY if flags.parity else {})}
     args |= {name: value for name, value in vars(flags).items() if value is not None or name not in args}
-    for name in ("width", "height"):
-        if args[name] % 8 or args[name] <= 0:
-            raise ValueError(f"--{name} {args[name]}: must be a multiple of 8")
-    if args["P_mean"] is None:
-        args["P_mean"], args["P_std"] = train_svd.default_P(args["width"], args["height"])
-    if flags.validation_folder:
-        args["validation_ratio"] = 0.0
-    if args["validation_folder"] and not (run and all(Path(folder).is_dir() for folder in args["base_folder"])):
-        args["base_folder"] = args["validation_folder"]  # how much moves is then ranked among the held-out clips alone
-    args["validation_clips"], args["validation_steps"] = args["num_clips"], 1
-    args |= dict(latent_cache=None, folder_weights=None, image_ratio=0.0, per_gpu_batch_size=1)
-    args["output_dir"] = flags.output_dir or str(
-        Path(flags.tuned, "evaluation") if flags.tuned else "outputs/evaluation"
-    )
+    args["box_control"] = "stage" in run or Path(flags.tuned or "", "tracklet_weights.safetensors").is_file()
+    for name, value in zip(("P_mean", "P_std"), train_svd.default_P(args["width"], args["height"])):
+        args[name] = value if args[name] is None else args[name]
     args["mixed_precision"] = precision(flags.mixed_precision, run.get("mixed_precision"))
-    return argparse.Namespace(**args)
+    args["validation_ratio"] = 0.0 if flags.validation_folder else args["validation_ratio"]
+    trained_on = [folder for folder in args["base_folder"] if run and Path(folder).is_dir()]
+    args["trained_with"] = run.get("num_frames"), run.get("fps")
+    if args["validation_folder"] and len(trained_on) < len(args["base_folder"]):
+        args["base_folder"] = args["validation_folder"]  # how much moves is then ranked among the held-out clips alone
+        args["trained_with"] = None, None
+    args |= dict(latent_cache=None, folder_weights=None, image_ratio=0.0, per_gpu_batch_size=1)
+    args |= dict(validation_clips=args["num_clips"], validation_steps=1)
+    if not flags.output_dir:
+        beside = Path(flags.tuned or "outputs")
+        args["output_dir"] = str((beside.parent if beside.is_file() else beside) / "evaluation")
+    args = argparse.Namespace(**args)
+    check(args, trained_on)
+    return args
 
 
 def precision(asked, trained):
@@ -91,43 +93,58 @@ def precision(asked, trained):
         return runs.best_precision()
 
 
-def has_boxes(args):
-    """Whether --tuned is box control."""
-    return bool(args.tuned) and (Path(args.tuned, "tracklet_weights.safetensors").is_file() or hasattr(args, "stage"))
+def check(args, trained_on):
+    """Raise where a flag, or what the run of --tuned was told in its place, cannot be."""
+    for name in ("width", "height"):
+        value = getattr(args, name)
+        if value % 8 or value <= 0:
+            raise ValueError(f"--{name} {value}: must be a multiple of 8; try {round(value / 8) * 8 or 8}")
+    least = {"num_clips": 1, "num_frames": 2, "num_inference_steps": 1, "decode_chunk_size": 1, "vae_encode_chunk": 1}
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least {value}")
+    for name in ("fps", "source_fps"):
+        if getattr(args, name) not in (None, "native") and not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.ema and not Path(args.tuned or "", checkpoints.TRAINED).is_file():
+        raise ValueError("--ema: averages are in checkpoints; pass --tuned .../checkpoint-...")
+    if args.parity:
+        return
+    if not args.validation_folder and not args.validation_ratio:
+        raise ValueError("--validation_folder: pass a folder of clips that nothing was trained on")
+    for folder in args.validation_folder or args.base_folder:
+        if not Path(folder).is_dir():
+            raise ValueError(
+                f"--validation_folder {folder}: no such folder. Pass one of clips that nothing trained on"
+            )
+    seen, held = ({Path(folder).resolve() for folder in f or []} for f in (trained_on, args.validation_folder))
+    for folder in seen & held:
+        logger.warning("--validation_folder %s: --tuned was trained on these clips", folder)
+
+
+# ------------------------------------------------------------------------------------------------------------------ models
 
 
 def tune(unet, args):
-    """Put what --tuned holds into `unet`; returns the model, which where it is box control takes boxes."""
-    folder, lora = Path(args.tuned), Path(args.tuned, FILE_NAME)
-    if (folder / checkpoints.TRAINED).is_file() and has_boxes(args):
-        from svd_xtend.boxes import ControlledUNet, new_boxes
+    """Put into `unet` what --tuned holds, but for a whole UNet; returns the model, which where it is box control takes boxes."""
+    folder = Path(args.tuned)
+    is_checkpoint = (folder / checkpoints.TRAINED).is_file()
+    if args.box_control:
+        from svd_xtend.boxes import ControlledUNet, load_boxes, new_boxes
 
         if args.lora:
             load_lora(unet, args.lora)
-        model = ControlledUNet(unet, new_boxes(unet, args.max_objects, enhancer=args.enhancer))
-        checkpoints.load_trained(model, folder / (checkpoints.EMA if args.ema else checkpoints.TRAINED))
-        return model
-    if (folder / checkpoints.TRAINED).is_file():
+        if not is_checkpoint:
+            return ControlledUNet(unet, load_boxes(unet, folder))
+        unet = ControlledUNet(unet, new_boxes(unet, args.max_objects, enhancer=args.enhancer))
+    if is_checkpoint:
         load_checkpoint(unet, folder, args.ema, flag="--tuned")
-    elif args.ema:
-        raise ValueError(
-            f"--ema: averages are in checkpoints, and {folder} is none; pass --tuned {folder}/checkpoint-..."
-        )
-    elif has_boxes(args):
-        from svd_xtend.boxes import ControlledUNet, load_boxes
-
-        if getattr(args, "lora", None):
-            load_lora(unet, args.lora)
-        return ControlledUNet(unet, load_boxes(unet, folder))
-    elif folder.suffix == ".safetensors" or lora.is_file():
+    elif folder.suffix == ".safetensors" or (folder / FILE_NAME).is_file():
         load_lora(unet, folder)
-    elif (folder / "unet").is_dir():
-        whole = checkpoints.load_any_variant(type(unet), folder, "--tuned", unet.dtype, subfolder="unet")
-        unet.load_state_dict(whole.state_dict())
     else:
         raise ValueError(
-            f"--tuned {folder}: holds nothing that a trainer writes. Expected unet/, {FILE_NAME}, tracklet_weights.safetensors, or a "
-            f"checkpoint with {checkpoints.TRAINED}"
+            f"--tuned {folder}: holds nothing that a trainer writes. Expected unet/, {FILE_NAME}, tracklet_weights.safetensors, or "
+            f"a checkpoint with {checkpoints.TRAINED}"
         )
     return unet
 
@@ -136,34 +153,34 @@ def load(args, tuned, device):
     """(pipeline, model): the base, or with what --tuned holds; all at rest in the precision that a run computes in."""
     import torch
 
-    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
-    model = tune(pipe.unet, args) if tuned else pipe.unet
+    whole = tuned and Path(args.tuned, "unet").is_dir()  # a full training
+    unet = args.tuned if whole else args.pretrain_unet
+    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet)
     fast_unet.speed_up(pipe.unet)
+    model = tune(pipe.unet, args) if tuned and not whole else pipe.unet
     model.requires_grad_(False)
     checkpoints.place(pipe, model, args.mixed_precision, device)
+    pipe.set_progress_bar_config(disable=True)
     return pipe, model
 
 
-def dataset(args):
-    """The trainer's DummyDataset, or where boxes matter its TrackletDataset, with boxes as they are."""
-    if not has_boxes(args) and not args.tracklets:
-        return train_svd.DummyDataset
-    from train_svd_tracklet import TrackletDataset, script_parser
-
-    plain = {"draw_boxes": "no", "soft_boxes": 0.0, "box_dropout": 0.0}
-    return partial(
-        TrackletDataset, argparse.Namespace(**{**vars(script_parser().parse_args([])), **vars(args), **plain})
-    )
+# ------------------------------------------------------------------------------------------------------------------- clips
 
 
 def clips_of(args, process):
-    """The held-out clips, each in the motion bucket that it has among those of the training."""
-    if not args.validation_folder and not args.validation_ratio:
-        raise ValueError("--validation_folder: pass a folder of clips that nothing was trained on")
-    for folder in args.validation_folder or []:
-        if not Path(folder).is_dir():
-            raise ValueError(f"--validation_folder {folder}: no such folder")
-    return train_svd.load_data(args, dataset(args), process)[1]
+    """The held-out clips as a trainer's dataset, with boxes where there are some; each in the motion bucket that it has among the
+    clips that train."""
+    boxed = args.box_control or args.tracklets
+    held = partial(train_svd_tracklet.TrackletDataset, args) if boxed else train_svd.DummyDataset
+    kinds = iter([(train_svd.DummyDataset, args.trained_with), (held, (args.num_frames, args.fps))])
+
+    def dataset(
+        folders, width, height, num_frames, fps, *rest
+    ):  # first of the clips that train, which may be too short now
+        kind, (frames, rate) = next(kinds)
+        return kind(folders, width, height, frames or num_frames, rate or fps, *rest)
+
+    return train_svd.load_data(args, dataset, process)[1]
 
 
 def windows(data, count):
@@ -181,17 +198,15 @@ def windows(data, count):
     return [(data.clips[found[i][0]], found[i][1]) for i in chosen]
 
 
-# ----------------------------------------------------------------------------------------------------------------- measure
-
-
 def boxes_of(data, clip, numbers, args):
     """Tracklets of these frames as a sample shows them, or None where the data has none."""
     if not hasattr(data, "boxes_of"):
         return None
-    from svd_xtend import tracklets
-
     own, size = data.boxes_of(clip)
     return tracklets.fit(own, size, *clip.size, args.resize_mode, numbers, args.max_objects, args.min_box_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------- measure
 
 
 def networks():
@@ -202,31 +217,33 @@ def networks():
             found[name] = find()
         except metrics.Missing as missing:
             left_out[name] = str(missing)
-            logger.warning("%s", missing)
     return found, left_out
 
 
 def measure(made, true, fps, boxes, found, compared_at=None):
-    """{name: figure} of a clip (f, h, w, 3) uint8 beside the true one; of FVD the features. compared_at: (width, height) of a protocol
-    at which pictures are compared, frame 0 too, which else, being given, does not count."""
-    told = metrics.order_figures(made, fps) | (metrics.control_figures(made, boxes) if boxes else {})
+    """({name: figure} of a clip (f, h, w, 3) uint8 beside the true one, features for FVD or None). compared_at: (width, height) of a
+    protocol at which pictures are compared, frame 0 too, which else, being given, does not count."""
+    ways = metrics.flows(made)
+    told = metrics.order_figures(made, ways, fps) | (metrics.control_figures(ways, boxes) if boxes else {})
     if compared_at:
-        made, true = (np.stack([video.resize(f, *compared_at, "stretch") for f in frames]) for frames in (made, true))
-    by_frame = metrics.frame_figures(made, true)
-    if "lpips" in found:
-        by_frame["lpips"] = found["lpips"](made, true)
-    told |= {name: float(values[0 if compared_at else 1 :].mean()) for name, values in by_frame.items()}
-    told |= {"first_frame_psnr": float(by_frame["psnr"][0]), "psnr_by_frame": by_frame["psnr"].tolist()}
-    return told | ({"fvd": found["fvd"](made).tolist()} if "fvd" in found else {})
+        true = true if true is None else np.stack([video.resize(f, *compared_at, "stretch") for f in true])
+        made = np.stack([video.resize(f, *compared_at, "stretch") for f in made])
+    if true is not None:
+        by_frame = metrics.frame_figures(made, true)
+        if "lpips" in found:
+            by_frame["lpips"] = found["lpips"](made, true)
+        told |= {name: float(values[0 if compared_at else 1 :].mean()) for name, values in by_frame.items()}
+        told |= {"first_frame_psnr": float(by_frame["psnr"][0]), "psnr_by_frame": by_frame["psnr"].tolist()}
+    return told, found["fvd"](made) if "fvd" in found else None
 
 
-def render(pipe, model, data, places, args, found, first, bar):
-    """[(number, {row: figures}, {row: frames} of those shown, boxes)] of this process's share of `places`. first: measure the true clips,
-    and ones that stand still, too. Clips that cannot be read are left out."""
+def render(name, pipe, model, data, args, found, process):
+    """This process's part of [{number, clip, fps, boxes, and by column figures, features, and frames of those shown}]; of the base
+    what is true, and what a picture that stands still is worth, too. Clips that cannot be read are left out."""
     from PIL import Image
 
-    rows, compared_at, name = [], COMPARED_AT.get(args.protocol), "base" if first else "tuned"
-    adapter = getattr(model, "adapter", None)
+    places = list(enumerate(windows(data, args.num_clips)))[process.process_index :: process.num_processes]
+    sample, rows = counted(train_svd.sample, len(places), f"{name}: clips", process), []
     for i, (clip, start) in places:
         numbers, told = clip.numbers(start, args.num_frames, clip.told["fps"]), clip.told
         try:
@@ -234,179 +251,161 @@ def render(pipe, model, data, places, args, found, first, bar):
         except ValueError as error:
             logger.warning("%s; it is left out", error)
             continue
-        if adapter:
-            adapter.set(boxes)
-        made = train_svd.sample(pipe, Image.fromarray(true[0]), told, args.validation_seed + i, args)
+        if hasattr(model, "adapter"):
+            model.adapter.set(boxes.relaxed())
+        made = sample(pipe, Image.fromarray(true[0]), told, args.validation_seed + i, args)
         clips = {name: np.stack([np.asarray(frame) for frame in made])}
-        if first:
+        if name == "base":
             clips |= {"truth": true, "still": np.repeat(true[:1], len(true), 0)}
-        figures = {row: measure(frames, true, told["fps"], boxes, found, compared_at) for row, frames in clips.items()}
-        rows.append((i, f"{clip.path} from frame {start}", figures, clips if i < SHOWN else {}, boxes))
-        bar.update()
+        row = {"number": i, "clip": f"{clip.path} from frame {start}", "fps": told["fps"], "boxes": boxes}
+        rows.append({**row, "figures": {}, "features": {}, "frames": clips if i < SHOWN else {}})
+        for column, frames in clips.items():
+            beside = None if column == "truth" else true
+            told_of = measure(frames, beside, told["fps"], boxes, found, COMPARED_AT.get(args.protocol))
+            rows[-1]["figures"][column], rows[-1]["features"][column] = told_of
     return rows
+
+
+def counted(function, total, what, process):
+    """`function`, with a bar that counts its calls."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, desc=what, disable=not process.is_main_process)
+
+    def call(*inputs, **named):
+        answer = function(*inputs, **named)
+        bar.update()
+        if bar.n == total:
+            bar.close()
+        return answer
+
+    return call
+
+
+def held_out_of(data, args, pipe, process):
+    """The HeldOut of these clips, under the loss that the run of --tuned trained."""
+    loss = train_svd_tracklet.tracklet_loss if args.box_control else train_svd.svd_loss
+    share = len(range(process.process_index, min(args.num_clips, len(data)), process.num_processes))
+    encode = counted(train_svd.encode_ahead, share, "held-out clips", process)
+    return held_out.HeldOut(data, args, loss, encode, pipe, process)
+
+
+def losses_of(name, model, held, process):
+    """HeldOut's losses of a model; boxes go only to one that takes them."""
+
+    def call(*inputs, **boxes):
+        return model(*inputs, **(boxes if hasattr(model, "adapter") else {}))
+
+    return held.losses(counted(call, len(held.own) * len(held.sigmas), f"{name}: loss", process))
 
 
 def compare(args):
     """Measure base and --tuned on the held-out clips, and write what came of it."""
     import torch
-    from accelerate import PartialState
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import gather_object
-    from tqdm import tqdm
 
-    process = PartialState()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    (found, left_out), data, losses, rows = networks(), None, {}, {}
-    for tuned in [False, True][: 1 + bool(args.tuned)]:
-        pipe, model = load(args, tuned, process.device)
-        args.num_frames = args.num_frames or pipe.unet.config.num_frames
-        if data is None:
-            data = clips_of(args, process)
-            places = list(enumerate(windows(data, args.num_clips)))[process.process_index :: process.num_processes]
-            held = held_out.HeldOut(data, args, loss_of(args), train_svd.encode_ahead, pipe, process)
-            bar = tqdm(total=len(places) * (1 + bool(args.tuned)), desc="clips", disable=not process.is_main_process)
-        held.pipe = pipe
-        losses["tuned" if tuned else "base"] = held.losses(model if tuned else partial(without_boxes, model))
-        for i, clip, figures, frames, boxes in gather_object(
-            render(pipe, model, data, places, args, found, not tuned, bar)
-        ):
-            row = rows.setdefault(i, {"clip": clip, "figures": {}, "frames": {}, "boxes": boxes})
-            row["figures"] |= figures
-            row["frames"] |= frames
-        held.pipe = pipe = model = None  # one UNet at a time
-    bar.close()
+    process = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
+    if process.num_processes > 1:
+        processes.fail_together(process.process_index)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    found, left_out = networks()
     if process.is_main_process:
-        write(args, held.sigmas, losses, [rows[i] for i in sorted(rows)], left_out)
-
-
-def without_boxes(unet, *inputs, **boxes):
-    return unet(*inputs)
-
-
-def loss_of(args):
-    """The loss that the run of --tuned trained."""
-    if not has_boxes(args):
-        return train_svd.svd_loss
-    from train_svd_tracklet import tracklet_loss
-
-    return tracklet_loss
+        how = f"precision {args.mixed_precision}, {process.device}, {process.num_processes} process(es)"
+        print(how, *left_out.values(), sep="\n", flush=True)
+    data, held, losses, rows = None, None, {}, {}
+    for name in ["tuned", "base"][not args.tuned :]:  # what may be wrong with --tuned shows at once
+        pipe, model = load(args, name == "tuned", process.device)
+        args.num_frames = args.num_frames or pipe.unet.config.num_frames
+        data = data or clips_of(args, process)
+        with runs.writing(args.output_dir):
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        held = held or held_out_of(data, args, pipe, process)
+        held.pipe = pipe
+        losses[name] = losses_of(name, model, held, process)
+        for row in gather_object(render(name, pipe, model, data, args, found, process)):
+            kept = rows.setdefault(row["number"], row)
+            for part in ("figures", "features", "frames"):
+                kept[part] |= row[part]
+        held.pipe = pipe = model = None  # one UNet at a time
+    if process.is_main_process:
+        whole = [rows[i] for i in sorted(rows) if losses.keys() <= rows[i]["figures"].keys()]
+        write(args, held.sigmas, losses, whole, left_out)
+    process.end_training()
 
 
 # -------------------------------------------------------------------------------------------------------------------- show
 
 
-def table_of(rows):
-    """[{name, label, better, still, base, tuned, truth, difference}] of each metric that was measured; difference: mean and interval over
-    the clips of tuned - base, of a metric that is better nearer to the truth of how far it is from there."""
-    table = []
-    for name, (label, better) in METRICS.items():
-        if not any(name in row["figures"]["base"] for row in rows):
-            continue
-        told = {"name": name, "label": label, "better": better, "difference": None}
-        columns = {c: [r["figures"][c].get(name) for r in rows] for c in rows[0]["figures"]}
-        for column, values in columns.items():
-            values = [value for value in values if value is not None]
-            if name == "fvd":
-                told[column] = metrics.frechet(
-                    np.array(values), np.array([r["figures"]["truth"]["fvd"] for r in rows])
-                )
-            else:
-                told[column] = float(np.mean(values)) if values else None
-        if better != "truth" and not name.startswith("box"):
-            told["truth"] = None  # beside itself
-        if "tuned" in columns and name != "fvd":
-            pairs = [pair for pair in zip(columns["base"], columns["tuned"], columns["truth"]) if None not in pair]
-            away = [abs(t - true) - abs(b - true) if better == "truth" else t - b for b, t, true in pairs]
-            told["difference"] = held_out.interval(away) if away else None
-        table.append({**{column: None for column in ("still", "base", "tuned", "truth")}, **told})
-    return table
-
-
-def in_words(table):
-    """The table for a terminal."""
-    lines = [("", "still", "base", "tuned", "truth", "tuned - base (95 %)")]
-    for row in table:
-        cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in ("still", "base", "tuned", "truth")]
-        mean, low, high = row["difference"] or (None, None, None)
-        ends = f" ({low:+.3g} to {high:+.3g})" if low is not None else ""
-        nearer = " of the distance" if row["better"] == "truth" and mean is not None else ""
-        lines.append((row["label"], *cells, "" if mean is None else f"{mean:+.3g}{ends}{nearer}"))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
 def write(args, sigmas, losses, rows, left_out):
     """evaluation.json, figures.png, comparison.gif and .png; and the table, on standard output."""
     if not rows:
-        raise ValueError(
-            f"--validation_folder {' '.join(args.validation_folder or args.base_folder)}: no clip can be read"
-        )
-    out, table = Path(args.output_dir), table_of(rows)
+        raise ValueError(f"--validation_folder {args.validation_folder or args.base_folder}: no clip can be read")
+    out, table = Path(args.output_dir), metrics.table_of(rows)
     row = held_out.compare(sigmas, losses["base"], losses["tuned"]) if "tuned" in losses else None
-    preset = PROTOCOLS.get(args.protocol, {})
+    preset, used = PROTOCOLS.get(args.protocol, {}), {**vars(args), "num_clips": len(rows)}
+    otherwise = {name: used[name] for name in preset if used[name] != preset[name]}
     told = {
         "base": args.pretrained_model_name_or_path, "tuned": args.tuned, "ema": args.ema, "protocol": args.protocol,
-        "otherwise_than_protocol": {k: getattr(args, k) for k in preset if getattr(args, k) != preset[k]},
+        "otherwise_than_protocol": otherwise,
         "clips": len(rows), "num_frames": args.num_frames, "size": [args.width, args.height], "held_out": row,
         "base_loss": losses["base"].mean(0).tolist(), "sigma": sigmas, "metrics": table, "left_out": left_out,
-        "by_clip": [{"clip": r["clip"], **{c: {k: v for k, v in f.items() if k != "fvd"} for c, f in r["figures"].items()}} for r in rows],
+        "by_clip": [{"clip": r["clip"], **r["figures"]} for r in rows],
         "args": {k: v for k, v in vars(args).items() if k != "hub_token"},
     }  # fmt: skip
+    what = f"{len(rows)} held-out clips, {args.num_frames} frames of {args.width}x{args.height}"
     with runs.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
         (out / "evaluation.json").write_text(json.dumps(told, indent=1, default=str))
-        draw(out / "figures.png", row, rows)
-        video.write_comparison(out / "comparison", [shown(r) for r in rows if r["frames"]], 7)
-    print(
-        f"\n{len(rows)} clips that nothing was trained on, {args.num_frames} frames of {args.width}x{args.height}\n{in_words(table)}"
-    )
-    if row:
-        print(f"\nheld-out loss {held_out.told(row)}")
-    for text in left_out.values():
-        print(text)
-    print(f"{out}/evaluation.json, figures.png, comparison.gif .png")
+        draw(out / "figures.png", row, rows, f"{Path(args.tuned or args.pretrained_model_name_or_path).name}: {what}")
+        if some := [shown(r) for r in rows if r["frames"]]:
+            video.write_comparison(out / "comparison", some, rows[0]["fps"])
+    if args.tuned and out.name == "evaluation" and (out.parent / "report.html").is_file():
+        report.write(out.parent)
+    but = f", but {', '.join(f'{name} {value}' for name, value in otherwise.items())}" if otherwise else ""
+    print(f"\nprotocol {args.protocol}{but}" if args.protocol else "")
+    print(f"{what}\n{metrics.in_words(table)}")
+    print(f"\nheld-out loss {held_out.told(row) if row else format(losses['base'].mean(), '.4g')}")
+    print("\n".join([*left_out.values(), f"{out}/evaluation.json, figures.png, comparison.gif .png"]))
 
 
 def shown(row):
     """{title: frames} of a clip, for people."""
     from PIL import Image
 
-    from svd_xtend.tracklets import render
-
-    clips = {
-        name: [Image.fromarray(frame) for frame in row["frames"][name]]
-        for name in ("base", "tuned", "truth")
-        if name in row["frames"]
-    }
-    return {name: render(clip, row["boxes"]) if row["boxes"] else clip for name, clip in clips.items()}
+    columns = [column for column in ("base", "tuned", "truth") if column in row["frames"]]
+    clips = {column: [Image.fromarray(frame) for frame in row["frames"][column]] for column in columns}
+    return {name: tracklets.render(clip, row["boxes"]) if row["boxes"] else clip for name, clip in clips.items()}
 
 
-def draw(file, row, rows):
+def draw(file, row, rows, what):
     """A picture of it: the loss at each noise level, how good each frame is, how much moves."""
     from matplotlib.figure import Figure
 
-    figure = Figure((12, 3.6) if row else (8, 3.6), layout="constrained")
-    axes, colors = list(figure.subplots(1, 3 if row else 2)), {"base": BASE, "tuned": TUNED, "still": TRUTH}
+    figure = Figure((13, 4.2) if row else (8.8, 4.2), layout="constrained")
+    figure.suptitle(what)
+    axes, columns = list(figure.subplots(1, 3 if row else 2)), [c for c in metrics.COLUMNS if c in rows[0]["figures"]]
     if row:
-        mean, low, high = (np.array([d[k] if d[k] is not None else d[0] for d in row["by_sigma"]]) for k in range(3))
         ax = axes.pop(0)
-        ax.errorbar(row["sigma"], mean, (mean - low, high - mean), color=TUNED, marker="o", capsize=4, lw=1.5)
-        ax.axhline(0, color=BASE, lw=1)
-        ax.set(xscale="log", xlabel="sigma", ylabel="held-out loss, tuned - base", title="below 0: it learned")
-    for name in rows[0]["figures"].keys() & colors.keys():
+        mean, low, high = np.array([[m if v is None else v for v in (m, *ends)] for m, *ends in row["by_sigma"]]).T
+        ax.axhline(0, color=COLORS["base"], lw=1)
+        ax.errorbar(row["sigma"], mean, (mean - low, high - mean), color=COLORS["tuned"], marker="o", capsize=4)
+        ax.set(xscale="log", xlabel="noise level sigma", ylabel="held-out loss, tuned - base")
+        ax.set_title("Below 0: tuned is better (bars: 95 %)")
+        ax.set_xticks(row["sigma"], [f"{sigma:.2g}" for sigma in row["sigma"]], minor=False)
+        ax.minorticks_off()
+    for name in columns[:-1]:
         curves = np.array([r["figures"][name]["psnr_by_frame"] for r in rows])[:, 1:]
-        axes[0].plot(range(1, curves.shape[1] + 1), curves.mean(0), color=colors[name], label=name, lw=2)
-    axes[0].set(xlabel="frame", ylabel="PSNR, dB", title="like the true frames")
-    axes[0].legend()
-    for name in ("base", "tuned"):
-        points = [
-            (r["figures"]["truth"]["motion"], r["figures"][name]["motion"]) for r in rows if name in r["figures"]
-        ]
-        if points:
-            axes[1].scatter(*zip(*points), color=colors[name], label=name, s=18)
-    most = max(max(f["motion"] for f in r["figures"].values()) for r in rows) or 1
-    axes[1].plot([0, most], [0, most], color=TRUTH, lw=1)
-    axes[1].set(xlabel="of the true clip", ylabel="of the model's", title="motion, picture lengths a second")
-    axes[1].legend()
+        label = {"still": "frame 0, standing still"}.get(name, name)
+        axes[0].plot(range(1, curves.shape[1] + 1), curves.mean(0), color=COLORS[name], label=label, lw=2)
+    axes[0].set(xlabel="frame", ylabel="PSNR, dB", title="Higher: more like the true frames")
+    moved = {c: [r["figures"][c]["motion"] for r in rows] for c in columns}
+    most = 1.05 * max(map(max, moved.values())) or 1
+    axes[1].plot([0, most], [0, most], color=COLORS["truth"], lw=1, label="as in the true clip")
+    for name in columns[1:-1]:
+        axes[1].scatter(moved["truth"], moved[name], color=COLORS[name], label=name, s=24, alpha=0.8)
+    axes[1].set(xlabel="in the true clip", ylabel="in the model's", title="Motion, picture lengths a second")
+    for ax in axes:
+        ax.legend()
     figure.savefig(file, dpi=110)
 
 
@@ -415,9 +414,9 @@ def draw(file, row, rows):
 
 SEED = 0
 SIGMAS = (0.05, 1.0, 10.0, 200.0)
-ALLOWED = {  # of a tensor's largest value, in the order of the way from a clip to the loss
-    "image_embeds": 1e-4, "image_latents": 1e-4, "added_time_ids": 1e-6, "dropped image_embeds": 0.0, "dropped image_latents": 0.0,
-    "c_noise": 1e-6, "noisy_latents": 1e-4, "F_x": 1e-3, "dropped F_x": 1e-3, "denoised": 1e-3, "loss": 1e-3,
+ALLOWED = {  # of a tensor's largest value, in the order of the way from a clip to the loss; the VAE rounds by memory layout
+    "image_embeds": 1e-3, "image_latents": 5e-3, "added_time_ids": 1e-6, "dropped image_embeds": 0.0, "dropped image_latents": 0.0,
+    "c_noise": 1e-6, "noisy_latents": 1e-3, "F_x": 5e-3, "dropped F_x": 5e-3, "denoised": 5e-3, "loss": 1e-3,
 }  # fmt: skip
 
 
@@ -450,9 +449,7 @@ def by_pipeline(pipe, batch, strength, sigma):
     latents = (posterior.mean + posterior.std * z) * pipe.vae.config.scaling_factor
     noisy = latents + sigma * z
     scheduler.set_timesteps(sigmas=[sigma, 0.0])
-    handle = pipe.unet.register_forward_hook(
-        lambda _, args, kwargs, out: given.append((args, kwargs, out[0])), with_kwargs=True
-    )
+    handle = pipe.unet.register_forward_hook(lambda _, *call: given.append(call), with_kwargs=True)
     frame = ((pixel_values[0, 0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
     try:
         denoised = pipe(
@@ -463,7 +460,7 @@ def by_pipeline(pipe, batch, strength, sigma):
         ).frames  # fmt: skip
     finally:
         handle.remove()
-    ((sample, c_noise), kwargs, F_x) = given[0]
+    (sample, c_noise), kwargs, (F_x, *_) = given[0]
     embeds, ids = kwargs["encoder_hidden_states"], kwargs["added_time_ids"]
     scheduler.set_timesteps(sigmas=[sigma, 0.0])
     alone = scheduler.step(F_x[1:], scheduler.timesteps[0], noisy[None]).pred_original_sample
@@ -485,14 +482,12 @@ def by_trainer(pipe, batch, sigma, args):
         given.append((*inputs, answer.sample))
         return answer
 
-    how = {**vars(args), "P_mean": float(np.log(sigma)), "P_std": 0.0}
-    with torch.no_grad():
-        loss, _ = (
-            train_svd.svd_loss(
-                spy, pipe, batch, argparse.Namespace(**{**how, "conditioning_dropout_prob": (0.0, 0.0, dropped)})
-            )
-            for dropped in (0.0, 1.0)
-        )
+    def loss_of(dropped):
+        how = {"P_mean": float(np.log(sigma)), "P_std": 0.0, "conditioning_dropout_prob": (0.0, 0.0, dropped)}
+        with torch.no_grad():
+            return train_svd.svd_loss(spy, pipe, batch, argparse.Namespace(**{**vars(args), **how}))
+
+    loss, _ = loss_of(0.0), loss_of(1.0)
     (sample, c_noise, embeds, ids, F_x), (none, _, no_embeds, _, F_none) = given
     c_skip, c_out, c_in, _ = train_svd.scalings(torch.tensor(sigma))
     guided = F_none + 2.0 * (F_x - F_none)
@@ -503,45 +498,47 @@ def by_trainer(pipe, batch, sigma, args):
     }  # fmt: skip
 
 
+def drawn_batch(width, height, num_frames, device):
+    """A batch of one clip of moving shapes."""
+    import torch
+
+    frames = np.stack([video.resize(frame, width, height) for frame in shapes.make_clip(SEED).frames])
+    frames = torch.from_numpy(frames[np.arange(num_frames) % len(frames)]).permute(0, 3, 1, 2)[None]
+    told = {"fps": torch.tensor([6.0]), "motion_bucket_id": torch.tensor([180.0]), "index": [0]}
+    return runs.to_device({**told, "pixel_values": frames}, device)
+
+
 def parity(args):
     """Whether training tells the UNet what inference tells it, and makes of its answer what inference does: tensor by tensor, on one
-    clip, in float32, at some noise levels. Returns the name of the first tensor that differs, or None."""
+    drawn clip, in float32, at some noise levels. Returns the name of the first tensor that differs, or None."""
+    import diffusers
     import torch
-    from torch.utils.data import default_collate
     from tqdm import tqdm
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes.ensure_demo(args.base_folder)
-    pipe = checkpoints.load_svd(
-        args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet
-    ).to(device)
+    path = args.pretrained_model_name_or_path
+    pipe = checkpoints.load_svd(path, torch.float32, args.revision, args.pretrain_unet).to(device)
     pipe.set_progress_bar_config(disable=True)
-    args.num_frames = args.num_frames or pipe.unet.config.num_frames
-    folders = args.validation_folder or args.base_folder
-    data = train_svd.DummyDataset(
-        folders, args.width, args.height, args.num_frames, args.fps, args.motion_bucket_id, args.resize_mode
-    )
-    batch = runs.to_device(default_collate([data[0]]), device)
-    told = train_svd.condition(
+    batch = drawn_batch(args.width, args.height, args.num_frames or pipe.unet.config.num_frames, device)
+    *_, ids = train_svd.condition(
         pipe, batch["pixel_values"][:, 0], batch["fps"], batch["motion_bucket_id"], Drawn(device)
     )
-    strength = told[2][0, 2].item()  # the pipeline is told that of the trainer
+    strength = ids[0, 2].item()  # the pipeline is told that of the trainer
     stock = [by_pipeline(pipe, batch, strength, sigma) for sigma in tqdm(SIGMAS, desc="pipeline")]
     fast_unet.speed_up(pipe.unet)  # as every trainer does
     own = [by_trainer(pipe, batch, sigma, args) for sigma in tqdm(SIGMAS, desc="trainer")]
-    print(f"{'tensor':24}{'shape':22}{'largest value':>14}{'difference':>14}{'allowed':>12}")
+    print(f"{path}, diffusers {diffusers.__version__}, torch {torch.__version__}, {device}\n")
+    print(f"{'tensor':24}{'shape':16}{'largest value':>14}{'difference':>14}{'allowed':>12}")
     first = None
     for name, allowed in ALLOWED.items():
         largest = max(s[name].abs().max().item() for s in stock)
         off = max((s[name] - o[name].reshape(s[name].shape)).abs().max().item() for s, o in zip(stock, own))
         passed = off <= allowed * largest  # nan does not
         first = first or (None if passed else name)
-        shape = "x".join(map(str, stock[0][name].shape)) or "1"
-        print(
-            f"{name:24}{shape:22}{largest:14.5g}{off:14.3g}{allowed * largest:12.3g}  {'PASS' if passed else 'FAIL'}"
-        )
-    print(f"FAIL: {first} is the first that differs; what comes after it follows from it" if first else "PASS")
+        shape, answer = "x".join(map(str, stock[0][name].shape)) or "1", "PASS" if passed else "FAIL"
+        print(f"{name:24}{shape:16}{largest:14.5g}{off:14.3g}{allowed * largest:12.3g}  {answer}")
+    print(f"\nFAIL: {first} is the first that differs; what comes after it may follow from it" if first else "\nPASS")
     return first
 
 
@@ -580,13 +577,23 @@ def build_parser():
     return parser
 
 
+def in_own_words(error, flags):
+    """What an error says, under the flag of this script that gave the path: others call it otherwise."""
+    text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+    flag, _, rest = text.partition(" ")
+    own = {"--tuned": [flags.tuned], "--validation_folder": flags.validation_folder or []}
+    found = [name for name, paths in own.items() if any(path and rest.startswith(path) for path in paths)]
+    return f"{found[0]} {rest}" if found and flag[:2] == "--" and flag not in own else text
+
+
 if __name__ == "__main__":
     parser = build_parser()
     flags = parser.parse_args()
-    if flags.tuned and not Path(flags.tuned).exists():
-        parser.error(f"--tuned {flags.tuned}: not there")
-    if flags.num_clips is not None and flags.num_clips < 1:
-        parser.error(f"--num_clips {flags.num_clips}: must be at least 1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args = settle(flags)
-    sys.exit(bool(parity(args)) if args.parity else compare(args))
+    try:
+        args = settle(flags)
+        sys.exit(bool(parity(args)) if args.parity else compare(args))
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise  # the other processes then end, too
+        parser.exit(2, f"{in_own_words(error, flags)}\n")

@@ -1,9 +1,11 @@
 """How good clips are beside the true ones: frames, their order, where objects are, and whether they look like the data's.
 
     frame_figures(made, true)         PSNR and SSIM of each frame, by torchmetrics
-    order_figures(frames)             flicker, warp error, motion: of any clip, the true one too
-    follow(frames, box)               where what a box holds in frame 0 goes: boxes, by optical flow
+    ways = flows(frames)              optical flow, for
+    order_figures(frames, ways, fps)      flicker, warp error, motion: of any clip, the true one too
+    control_figures(ways, asked)          do objects go where their boxes go?
     lpips(), i3d()                    by published networks whose weights the user has; else Missing says how to get them
+    table_of(rows)                    all of it over a data set, and by how much a tuned model differs from its base
 
 Frames are (f, h, w, 3) uint8. Frame 0 was given: where a figure is of all frames, evaluate_svd.py leaves it out.
 """
@@ -14,13 +16,31 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import motion
+from svd_xtend import held_out, motion
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
+ALEXNET_SOURCE = f"https://download.pytorch.org/models/{ALEXNET}"
 I3D = "i3d_torchscript.pt"
-I3D_SOURCE = f"https://www.dropbox.com/s/ge9e5ujwgetktms/{I3D}"  # the network of StyleGAN-V's and Ctrl-V's evaluations
+I3D_SOURCE = (
+    f"https://www.dropbox.com/s/ge9e5ujwgetktms/{I3D}?dl=1"  # the network of StyleGAN-V's and Ctrl-V's evaluations
+)
 LONGER = 256  # pixels of the longer side at which flow is computed, at least
 STILL = 0.5  # of these pixels: what moves less, from frame to frame, stands still
+
+
+METRICS = {  # title; where it should go: higher, lower, or to what the true clips have
+    "psnr": ("PSNR, dB", "higher"),
+    "ssim": ("SSIM", "higher"),
+    "lpips": ("LPIPS", "lower"),
+    "first_frame_psnr": ("PSNR of frame 0, dB", "higher"),
+    "motion": ("motion, picture lengths a second", "truth"),
+    "flicker": ("flicker of what stands still, of 255", "truth"),
+    "warp_error": ("warp error, of 255", "truth"),
+    "box_iou": ("boxes: mean IoU", "higher"),
+    "box_success": ("boxes: IoU of at least 0.5", "higher"),
+    "fvd": ("FVD", "lower"),
+}
+COLUMNS = ("still", "base", "tuned", "truth")  # still: frame 0 in place of all frames
 
 
 class Missing(Exception):
@@ -28,10 +48,11 @@ class Missing(Exception):
 
 
 def planes(frames):
-    """(f, h, w, 3) uint8 -> (f, 3, h, w) float32 in [0, 1]."""
+    """(f, h, w, 3) uint8 -> (f, 3, h, w) float32 in [0, 1], on the GPU where there is one."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def frame_figures(made, true):
@@ -41,15 +62,16 @@ def frame_figures(made, true):
     a, b = planes(made), planes(true)
     ratio = image.peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
     ssim = image.structural_similarity_index_measure(a, b, sigma=1.5, data_range=1.0, reduction="none")
-    return {"psnr": np.minimum(ratio.numpy(), 100.0), "ssim": ssim.numpy().reshape(-1)}
+    return {"psnr": np.minimum(ratio.cpu().numpy(), 100.0), "ssim": ssim.cpu().numpy().reshape(-1)}
 
 
 # ------------------------------------------------------------------------------------------------------------- in time
 
 
 def flows(frames):
-    """Yields (two frames as float32 (h, w, 3), the way of each pixel of the second one back to the first and there again, both
-    (h, w, 2) in pixels): dense inverse search (Kroeger et al. 2016, by OpenCV), at a scale at which it sees small things."""
+    """[(two frames that follow each other, (h, w, 3) uint8, the way of each pixel of the second one back to the first and of the
+    first one forth, both (h, w, 2) in pixels)]: dense inverse search (Kroeger et al. 2016, by OpenCV), at a scale at which
+    it sees small things."""
     import cv2
 
     h, w = frames.shape[1:3]
@@ -57,44 +79,46 @@ def flows(frames):
     shown = [cv2.resize(frame, (w * k, h * k), interpolation=cv2.INTER_CUBIC) for frame in frames]
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in shown]
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    for i in range(len(frames) - 1):
-        yield shown[i], shown[i + 1], dis.calc(grey[i + 1], grey[i], None), dis.calc(grey[i], grey[i + 1], None)
+    pairs = range(len(frames) - 1)
+    return [
+        (*shown[i : i + 2], dis.calc(grey[i + 1], grey[i], None), dis.calc(grey[i], grey[i + 1], None)) for i in pairs
+    ]
 
 
-def order_figures(frames, fps):
-    """{flicker, warp_error, motion} of a clip. flicker: mean change from frame to frame, of 255, of the pixels that stand still.
-    warp_error: the same of all pixels once flow has brought them together, those that are hidden in one of both left out (Lai
-    et al. 2018, Eq. 11, with the mean absolute difference). motion: motion.score, picture lengths a second."""
+def order_figures(frames, ways, fps):
+    """{flicker, warp_error, motion} of a clip; None where nothing can be told. flicker: mean change from frame to frame, of 255,
+    of the pixels that stand still. warp_error: the same of all pixels once flow has brought them together, those that are
+    hidden in one of both left out (Lai et al. 2018, Eq. 11, with the mean absolute difference). motion: motion.score."""
     import cv2
 
     flicker, warped = [], []
-    for before, after, back, forth in flows(frames):
+    for before, after, back, forth in ways:
         y, x = np.mgrid[: before.shape[0], : before.shape[1]].astype(np.float32)
         there = x + back[..., 0], y + back[..., 1]
-        change = np.abs(
-            cv2.remap(before, *there, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).astype(float) - after
+        matched, returned = (
+            cv2.remap(found.astype(np.float32), *there, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            for found in (before, forth)
         )
-        error = back + cv2.remap(forth, *there, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        most = 0.01 * ((back**2).sum(-1) + (forth**2).sum(-1)) + 0.5  # Sundaram et al. 2010, Eq. 5
-        seen, still = (error**2).sum(-1) < most, np.hypot(*back.transpose(2, 0, 1)) < STILL
-        warped.append(change[seen].mean() if seen.any() else np.nan)
-        unmoved = np.abs(before.astype(float) - after)
-        flicker.append(unmoved[still].mean() if still.any() else np.nan)
-    mean = [float(np.nanmean(v)) if np.isfinite(v).any() else None for v in (flicker, warped)]
-    return {"flicker": mean[0], "warp_error": mean[1], "motion": motion.score(frames, 1 / fps)}
+        most = 0.01 * ((back**2).sum(-1) + (returned**2).sum(-1)) + 0.5
+        seen = ((back + returned) ** 2).sum(-1) < most  # Sundaram et al. 2010, Eq. 5
+        still = np.linalg.norm(back, axis=-1) < STILL
+        for found, frame, where in ((warped, matched, seen), (flicker, before.astype(np.float32), still)):
+            found += [np.abs(frame - after)[where].mean()] if where.any() else []
+    told = {"flicker": flicker, "warp_error": warped}
+    means = {name: float(np.mean(found)) if found else None for name, found in told.items()}
+    return {**means, "motion": motion.score(frames, 1 / fps)}
 
 
 # --------------------------------------------------------------------------------------------------------------- boxes
 
 
-def follow(frames, box):
+def follow(ways, box):
     """Where what `box` (4,) holds in frame 0 goes: boxes (f, 4), all xyxy in [0, 1].
 
     From frame to frame the box goes as far as the median pixel in its middle, and grows as the others spread from there. Needs
     no detector, and no weights; it loses what is hidden, and so does not tell what was lost from what disobeys."""
-    h, w = frames.shape[1:3]
-    found, size = [np.asarray(box, float)], None
-    for before, _, _, forth in flows(frames):
+    found = [np.asarray(box, float)]
+    for before, _, _, forth in ways:
         size = np.array(before.shape[1::-1], float)
         center, half = (found[-1][:2] + found[-1][2:]) / 2 * size, (found[-1][2:] - found[-1][:2]) / 2 * size
         x0, y0 = np.maximum(center - 0.8 * half, 0).astype(int)
@@ -111,7 +135,7 @@ def follow(frames, box):
     return np.stack(found)
 
 
-def control_figures(frames, asked):
+def control_figures(ways, asked):
     """{box_iou, box_success}: how far what was in each box of frame 0 follows it, over the boxes of frames 1 on whose object was
     there from the start; success: IoU of at least 0.5. None where there are none. asked: Tracklets."""
     from svd_xtend.tracklets import iou
@@ -119,7 +143,7 @@ def control_figures(frames, asked):
     overlaps = []
     for n in np.flatnonzero(asked.valid[0]):
         later = 1 + np.flatnonzero(asked.valid[1:, n])
-        overlaps += iou(follow(frames, asked.boxes[0, n])[later], asked.boxes[later, n]).tolist()
+        overlaps += iou(follow(ways, asked.boxes[0, n])[later], asked.boxes[later, n]).tolist()
     if not overlaps:
         return {"box_iou": None, "box_success": None}
     return {"box_iou": float(np.mean(overlaps)), "box_success": float(np.mean(np.array(overlaps) >= 0.5))}
@@ -137,32 +161,35 @@ def lpips():
 
     file = Path(torch.hub.get_dir(), "checkpoints", ALEXNET)
     if not importlib.util.find_spec("torchvision"):
-        raise Missing(
-            f"LPIPS is left out: pip install torchvision, and put https://download.pytorch.org/models/{ALEXNET} at {file}"
-        )
+        raise Missing(f"LPIPS is left out: pip install torchvision, and download {ALEXNET_SOURCE} to {file}")
     if not file.is_file():
-        raise Missing(f"LPIPS is left out: download https://download.pytorch.org/models/{ALEXNET} to {file}")
-    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
+        raise Missing(f"LPIPS is left out: download {ALEXNET_SOURCE} to {file}")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    def measure(made, true):
+    network = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
+
+    def distance(made, true):
         pairs = zip(planes(made).split(1), planes(true).split(1))
-        return np.array([float(distance(a, b, net_type="alex", normalize=True)) for a, b in pairs])
+        values = np.array([float(network.to(a.device)(a, b)) for a, b in pairs])
+        network.reset()  # it keeps what it is shown
+        return values
 
-    return measure
+    return distance
 
 
-def i3d(file=None):
+def i3d():
     """A function of a clip: the features (400,) of which FVD is made, as StyleGAN-V has them (Skorokhodov et al. 2022): I3D in
     TorchScript, a short side of 224, cropped to a square. Raises Missing where the network is not at hand."""
     import torch
     from torch.nn.functional import interpolate
 
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    file = Path(file or Path(cache, "svd_xtend", I3D))
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "svd_xtend", I3D)
     if not file.is_file():
         raise Missing(f"FVD is left out: download {I3D_SOURCE} to {file}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = torch.jit.load(str(file), device).eval()
+    try:
+        network = torch.jit.load(str(file)).eval()
+    except RuntimeError as error:
+        raise Missing(f"FVD is left out: {file} is damaged or no TorchScript; download {I3D_SOURCE} to it") from error
 
     def features(frames):
         pixels = planes(frames) * 2 - 1
@@ -170,17 +197,70 @@ def i3d(file=None):
         height, width = (math.ceil(side * scale - 1e-6) for side in pixels.shape[-2:])
         pixels = interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
         top, left = (height - 224) // 2, (width - 224) // 2
-        clip = pixels[:, :, top : top + 224, left : left + 224].permute(1, 0, 2, 3)[None].to(device)
+        clip = pixels[:, :, top : top + 224, left : left + 224].permute(1, 0, 2, 3)[None]
         with torch.no_grad():
-            return network(clip, rescale=False, resize=False, return_features=True).double().cpu().numpy().reshape(-1)
+            found = network.to(clip.device)(clip, rescale=False, resize=False, return_features=True)
+        return found.double().cpu().numpy().reshape(-1)
 
     return features
 
 
 def frechet(a, b):
-    """Squared Frechet distance of two normal distributions fitted to samples (n, d) and (m, d)."""
-    mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    one, other = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # trace of the square root of one other: their product's eigenvalues are those of a positive semidefinite matrix
-    root = np.sqrt(np.linalg.eigvals(np.atleast_2d(one @ other)).astype(complex)).real.sum()
-    return float(mean + np.trace(np.atleast_2d(one)) + np.trace(np.atleast_2d(other)) - 2 * root)
+    """Squared Frechet distance of two normal distributions fitted to samples (n, d) and (m, d), of at least two each."""
+    A, B = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # covariances A'A and B'B
+    # the trace of their product's square root is the sum of the singular values of A B'
+    root = np.linalg.svd(A @ B.T, compute_uv=False).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + (A**2).sum() + (B**2).sum() - 2 * root)
+
+
+# --------------------------------------------------------------------------------------------------------- over a data set
+
+
+def table_of(rows):
+    """[{name, label, better, still, base, tuned, truth, difference}] of each metric that was measured: means over the clips of which
+    all of these are known, None of what there is not. difference: (mean, low, high) of tuned - base over the clips, and where
+    nearer to the truth is better of how far they are from it. rows: of each clip `figures` {column: {name: figure}} and `features`
+    {column: i3d's answer, or None}."""
+    table = []
+    for name, (label, better) in METRICS.items():
+        line = {"name": name, "label": label, "better": better, **dict.fromkeys((*COLUMNS, "difference"))}
+        values = {c: np.array([row["figures"][c].get(name) for row in rows], float) for c in rows[0]["figures"]}
+        values = {c: v for c, v in values.items() if np.isfinite(v).any()}
+        told = np.all([np.isfinite(v) for v in values.values()], 0)
+        if values and told.any():
+            line |= {c: float(v[told].mean()) for c, v in values.items()}
+            if better == "truth":
+                values = {c: np.abs(v - values["truth"]) for c, v in values.items() if "truth" in values}
+            if {"base", "tuned"} <= values.keys():
+                line["difference"] = held_out.interval((values["tuned"] - values["base"])[told])
+        elif name == "fvd" and len(rows) > 1 and rows[0]["features"]["base"] is not None:
+            features = {c: np.array([row["features"][c] for row in rows]) for c in rows[0]["features"]}
+            line |= {c: frechet(f, features["truth"]) for c, f in features.items() if c != "truth"}
+        if line["base"] is not None:
+            table.append(line)
+    return table
+
+
+def verdict(line):
+    """What a line's interval says of tuned: better or worse than base, equal to it, or unclear."""
+    mean, low, high = line["difference"] or (None, None, None)
+    if low is None:
+        return ""
+    rose, fell = ("better", "worse") if line["better"] == "higher" else ("worse", "better")
+    return rose if low > 0 else fell if high < 0 else "unclear" if low < high else "equal"
+
+
+def in_words(table):
+    """The table for a terminal."""
+    columns = [c for c in COLUMNS if any(line[c] is not None for line in table)]
+    last = ["tuned - base (95 %)", ""] if "tuned" in columns else []
+    lines = [("", *columns, *last)]
+    for line in table:
+        cells = ["" if line[c] is None else f"{line[c]:.4g}" for c in columns]
+        mean, low, high = line["difference"] or (None, None, None)
+        ends = f" ({low:+.3g} to {high:+.3g})" if low is not None else ""
+        away = " in distance to the truth" * (line["better"] == "truth")
+        told = "" if mean is None else f"{mean:+.3g}{ends}{away}"
+        lines.append((line["label"], *cells, *[told, verdict(line)][: len(last)]))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

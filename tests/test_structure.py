@@ -25,6 +25,7 @@ SCRIPTS = [
     "infer_svd.py",
     "cache_latents.py",
     "estimate_memory.py",
+    "evaluate_svd.py",
 ]
 README = (ROOT / "README.md").read_text()
 
@@ -160,6 +161,19 @@ def test_every_readme_command_runs(
     if "estimate_memory.py" in command:  # writes nothing, and has to tell of the size as printed
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and re.search(r"need(s|ed) +[\d.]+ GiB", done.stdout), done.stdout + done.stderr
+        return
+    if "svd_xtend.report" in command:
+        subprocess.run(command, shell=True, cwd=ROOT, check=True)
+        assert (lora_folder / "report.html").stat().st_size > 10_000
+        return
+    if "evaluate_svd.py" in command:
+        command += (
+            f" --width=64 --height=48 --num_frames=8 --num_clips=1 --num_inference_steps=1 --output_dir={tmp_path}"
+        )
+        command += f" --validation_folder={clips}" * ("validation_folder" not in command)
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        told = done.stdout.endswith("PASS\n") if "--parity" in command else (tmp_path / "evaluation.json").is_file()
+        assert done.returncode == 0 and told, done.stdout + done.stderr
         return
     if "prepare_data.py" in command:
         command = re.sub(r"data/(extracted|halves)", str(tmp_path / "made"), command).replace(
