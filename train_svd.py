@@ -24,6 +24,7 @@ from einops import rearrange, repeat
 
 from svd_xtend import cache, checkpoints, fast_unet, held_out, memory, order, processes, report, runs, video
 from svd_xtend.clips import load_picture
+from svd_xtend.model_card import push_to_hub
 from svd_xtend.shapes import ensure_demo
 from svd_xtend.tiny import TINY_SVD
 
@@ -465,7 +466,7 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             video.write_comparison(Path(args.output_dir, "comparison"), rows, args.validation[0]["fps"])
         page = report.write(args.output_dir)
         if args.push_to_hub:
-            runs.push_to_hub(args)
+            push_to_hub(args)
         watch.report()
         logger.info("done: weights in %s; look at %s", args.output_dir, page)
     accelerator.end_training()

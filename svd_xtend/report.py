@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -287,30 +286,43 @@ def spent(metrics):
 # ---------------------------------------------------------------------------------------------------------------- write
 
 
-def read_json(file, otherwise):
-    return json.loads(file.read_text()) if file.is_file() else otherwise
+def evaluation_of(folder):
+    """What evaluate_svd.py measured, or None where it did not, or where training went on since."""
+    file = folder / "evaluation" / "evaluation.json"
+    trained = max((f.stat().st_mtime for f in folder.glob("checkpoint-*/progress.json")), default=0)
+    return json.loads(file.read_text()) if file.exists() and file.stat().st_mtime >= trained else None
+
+
+def told_by_files(output_dir):
+    """What the files of a run say of it, as they are. Raises ValueError where there are none."""
+    folder = Path(output_dir)
+    if not (folder / "args.json").is_file():
+        raise ValueError(f"{folder}: holds no args.json; pass the --output_dir of a run")
+    metrics, held, motion = (runs.rows_of(folder / f"{name}.jsonl") for name in ("metrics", "held_out", "motion"))
+    kind, sentence = verdict(held)
+    return {
+        "args": json.loads((folder / "args.json").read_text()), "metrics": metrics, "held": trained_rows(held)[-1] if len(held) > 1 else None,
+        "held_rows": held, "motion": motion, "kind": kind, "verdict": sentence, "evaluation": evaluation_of(folder),
+        "start": (runs.starts(folder) or [None])[-1],
+    }  # fmt: skip
 
 
 def contents(folder):
-    """All that the page tells of a run."""
-    args = read_json(folder / "args.json", None)
-    if args is None:
-        raise ValueError(f"{folder}: holds no args.json; pass the --output_dir of a run")
-    metrics, held, motion = (runs.rows_of(folder / f"{name}.jsonl") for name in ("metrics", "held_out", "motion"))
-    evaluation = read_json(folder / "evaluation" / "evaluation.json", None)
-    start = read_json(folder / "run.json", {"starts": [{}]})["starts"][-1]
-    kind, sentence = verdict(held)
+    """What the page shows of a run."""
+    told = told_by_files(folder)
+    args, metrics, start = told["args"], told["metrics"], told["start"] or {}
     step, steps = (metrics[-1]["step"] if metrics else 0), args["max_train_steps"]
     facts = [
         f"step {step}" + f" of {steps}" * (step != steps),
         f"{args['num_frames']} frames of {args['width']}x{args['height']}",
-    ]
-    facts += [spent(metrics) + " of training"] * bool(metrics) + ([start["device"]] if "device" in start else [])
+        *[f"{spent(metrics)} of training"] * bool(metrics), *start.get("device", "").splitlines(),
+    ]  # fmt: skip
+    flags = {
+        k: short(v) for k, v in args.items() if k not in ("hub_token", "validation") and v not in (None, [], False)
+    }
     return {
-        "name": folder.resolve().name, "kind": kind, "verdict": sentence, "facts": facts, "players": players(folder, args),
-        "plots": plots(metrics, held, motion), "held": trained_rows(held)[-1] if len(held) > 1 else None,
-        "evaluation": evaluation, "start": start, "motion_png": picture(folder / "motion.png"),
-        "args": {k: short(v) for k, v in args.items() if k not in ("hub_token", "validation") and v not in (None, [], False)},
+        **told, "name": folder.resolve().name, "facts": facts, "start": start, "players": players(folder, args), "flags": flags,
+        "plots": plots(metrics, told["held_rows"], told["motion"]), "motion_png": picture(folder / "motion.png"),
     }  # fmt: skip
 
 
@@ -319,20 +331,21 @@ def picture(file):
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
 
 
-def write(output_dir):
-    """Write <output_dir>/report.html; returns its path. Raises ValueError where there was no run, OSError where it cannot be written."""
+def template(name):
+    """One of the templates beside this file, with what they write figures by."""
     import jinja2
 
-    folder = Path(output_dir)
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
+    found = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=found, autoescape=name.endswith("html"), trim_blocks=True)
     pages.filters |= {"number": number, "with_ends": with_ends}
-    page = pages.get_template("report_template.html").render(contents(folder))
-    partial = folder / "report.html.partial"
-    with runs.writing(folder):
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, folder / "report.html")
+    return pages.get_template(name)
+
+
+def write(output_dir):
+    """Write <output_dir>/report.html; returns its path. Raises ValueError where there was no run, OSError where it cannot be written."""
+    folder = Path(output_dir)
+    page = template("report_template.html").render(contents(folder))
+    runs.write_whole(folder / "report.html", page)
     return folder / "report.html"
 
 

@@ -1,15 +1,22 @@
-"""What surrounds a training loop: precision, metrics, moving averages, signals, trackers, the Hub."""
+"""What surrounds a training loop: precision, optimizer, what a run was told, metrics, signals, trackers."""
 
+import atexit
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
+import multiprocessing
 import os
+import platform
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +25,11 @@ from PIL import Image
 from svd_xtend import clips, folders, motion
 
 logger = logging.getLogger("svd_xtend")
+
+ROOT = Path(__file__).parents[1]
+
+
+# ------------------------------------------------------------------------------------------------ precision, optimizer
 
 
 def fast_bf16():
@@ -130,6 +142,9 @@ def number_or(word):
     return number
 
 
+# ------------------------------------------------------------------------------------------------- what a run was told
+
+
 @contextlib.contextmanager
 def writing(output_dir):
     """What goes wrong with files in here becomes one error that names the folder."""
@@ -141,20 +156,107 @@ def writing(output_dir):
         ) from error
 
 
+def write_whole(file, text):
+    """Write a file of an --output_dir so that it is there as it was, or as it is to be."""
+    partial = file.with_name(f"{file.name}.partial")
+    with writing(file.parent):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+
+
 def record_args(accelerator, args, data):
-    """Write the resolved flags to <output_dir>/args.json and hand them to the tracker, and draw where motion_bucket_id is by
-    motion how that is distributed; the main process does."""
+    """Write the resolved flags to <output_dir>/args.json, and to run.json how this start came about; hand them to the tracker, and
+    draw where motion_bucket_id is by motion how that is distributed; the main process does."""
     if not accelerator.is_main_process:
         return
+    sys.argv[1:] = without_token(sys.argv[1:])  # wandb reads and uploads them
     told = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    with writing(args.output_dir):
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, "args.json").write_text(json.dumps(told, indent=1, default=str))
+    out = Path(args.output_dir)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
         if args.motion_bucket_id == "auto" and len(data.scores):
-            motion.plot(Path(args.output_dir, "motion.png"), data.scores, f"motion of {len(data.scores)} clips")
+            motion.plot(out / "motion.png", data.scores, f"motion of {len(data.scores)} clips")
+    write_whole(out / "args.json", json.dumps(told, indent=1, default=str))
+    write_whole(out / "run.json", json.dumps({"starts": [*starts(out), describe(accelerator, args)]}, indent=1))
     if args.report_to != "none":
         shown = {k: v if isinstance(v, (int, float)) else str(v) for k, v in told.items()}
         accelerator.init_trackers("svd_xtend", shown)
+
+
+def starts(output_dir):
+    """What run.json says of the starts of a run, the last one last; nothing where it is not there, or not what describe wrote."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return list(json.loads(Path(output_dir, "run.json").read_text())["starts"])
+    return []
+
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+
+
+def describe(accelerator, args):
+    """What repeats this start of a run, as far as it is not in args.json: the command, the code, the machine."""
+    commit = git("ls-files", "--error-unmatch", "svd_xtend/runs.py") and git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".") if commit else None
+    environment = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            environment[name] = importlib.metadata.version(name)
+    return {
+        "command": command(accelerator, args), "commit": commit, "changed": None if changes is None else bool(changes),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"), "environment": environment,
+        "device": device_name(accelerator.device), "processes": accelerator.num_processes, "seed": args.seed,
+    }  # fmt: skip
+
+
+def git(*words):
+    """What git says of the checkout that holds this code; None where this is none, or git is not there."""
+    words = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def command(accelerator, args):
+    """The command of this run for a shell, without the token; with the seed that was drawn and the precision that accelerate was
+    configured for. More machines than one need their addresses besides."""
+    words = [from_here(sys.argv[0]), *without_token(sys.argv[1:])]
+    for flag in ("seed", "mixed_precision"):
+        if not any(word.partition("=")[0] == f"--{flag}" for word in words):
+            words.append(f"--{flag}={getattr(args, flag)}")
+    launcher = ["python"]
+    if accelerator.num_processes > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ:  # which accelerate launch sets
+        launcher = ["accelerate", "launch", "--num_processes", str(accelerator.num_processes)]
+        launcher += ["--cpu"] * (os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
+        engine = {"FSDP": "fsdp2.yaml", "DEEPSPEED": "deepspeed_zero2.yaml"}.get(accelerator.distributed_type.value)
+        launcher += ["--config_file", from_here(ROOT / "configs" / "accelerate" / engine)] if engine else []
+    return shlex.join([*launcher, *words])
+
+
+def from_here(path):
+    """A path as one would type it in the current folder."""
+    whole = Path(path).absolute()
+    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
+
+
+def without_token(words):
+    """Arguments of a command, but for --hub_token and its value, however argparse lets one write them."""
+    flags = [word.partition("=")[0] for word in words]
+    gone = {i for i, flag in enumerate(flags) if len(flag) > len("--hub_") and "--hub_token".startswith(flag)}
+    gone |= {i + 1 for i in gone if "=" not in words[i]}
+    return [word for i, word in enumerate(words) if i not in gone]
+
+
+def device_name(device):
+    """The name of a GPU or of the CPU, for people."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    table = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the kind at most
+    named = re.search(r"^model name\s*: (.+)$", table.read_text(), re.M) if table.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer")  # must agree on resuming
@@ -179,6 +281,9 @@ def compare_args(args):
             logger.warning("--%s was %s in the run that this one goes on from, now it is %s", name, old, new)
 
 
+# ---------------------------------------------------------------------------------------------------- metrics, signals
+
+
 @contextlib.contextmanager
 def averaged(ema, parameters):
     """Moving averages in the parameters' place, where there are any."""
@@ -196,23 +301,24 @@ def rows_of(file):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def as_rows(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write_row(file, row):
     """Add a row to a file of JSON lines, in place of what an earlier start said of the same step."""
     kept = [old for old in rows_of(file) if old["step"] != row["step"]]
-    partial = file.with_name(f"{file.name}.partial")
-    with writing(file.parent):
-        partial.write_text(
-            "".join(json.dumps(one) + "\n" for one in sorted([*kept, row], key=lambda one: one["step"]))
-        )
-        os.replace(partial, file)
+    write_whole(file, as_rows(sorted([*kept, row], key=lambda one: one["step"])))
 
 
 class Metrics:
-    """<output_dir>/metrics.jsonl, one row a step; a resumed run drops the rows past its checkpoint."""
+    """<output_dir>/metrics.jsonl, one row a step; a resumed run drops the rows past its checkpoint, those of validations, too."""
 
     def __init__(self, output_dir, step):
         self.file = Path(output_dir, "metrics.jsonl")
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(self.file) if row["step"] <= step))
+        for file in (self.file, self.file.with_name("held_out.jsonl"), self.file.with_name("motion.jsonl")):
+            if file == self.file or file.exists():
+                write_whole(file, as_rows(row for row in rows_of(file) if row["step"] <= step))
 
     def write(self, step, loss, lr, grad_norm, seconds, peak):
         grad_norm = grad_norm if math.isfinite(grad_norm) else None  # fp16, skipped; JSON knows no infinity
@@ -258,6 +364,7 @@ class Signals:
 
     def __enter__(self):
         self.caught, self.before = False, {}
+        atexit.register(end_workers)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self.catch)
         return self
@@ -277,6 +384,18 @@ def ignore_signals(worker_id):
     """For loader workers: a Ctrl-C or SIGTERM meant for the run reaches them too, and must not take the batch along."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """When Python ends: where an error, or a cycle of frames, has kept the loader until then, Python would wait without end for its
+    workers, which ignore the signal that it sends them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a failure of theirs
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+# ------------------------------------------------------------------------------------------------ validation, trackers
 
 
 def settle_validation(args, data, held=None):
@@ -330,33 +449,33 @@ def log_validation(accelerator, args, step, rendered, held=None):
         row, shown = motion.compare(step, rows)
         write_row(Path(args.output_dir, "motion.jsonl"), row)
         accelerator.log(shown, step=step)
-    files = {name: Path(args.output_dir, "validation", f"step{step:06d}_{name}") for name, *_ in rendered}
+    stems = {name: Path(args.output_dir, "validation", f"step{step:06d}_{name}") for name, *_ in rendered}
+    log_videos(accelerator, step, {f"validation/{name}": stem for name, stem in stems.items()})
+
+
+def log_videos(accelerator, step, stems):
+    """Hand what video.write_clip or write_comparison wrote to the trackers, as videos. stems: {tag: path without its suffix}."""
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
             import wandb
 
-            videos = [wandb.Video(f"{file}.mp4", caption=name, format="mp4") for name, file in files.items()]
-            tracker.log({"validation": videos}, step=step)
+            files = {tag: f"{s}.mp4" if Path(f"{s}.mp4").exists() else f"{s}.gif" for tag, s in stems.items()}
+            tracker.log({tag: wandb.Video(file, caption=Path(file).stem) for tag, file in files.items()}, step=step)
         elif tracker.name == "tensorboard":
-            sheets = {f"validation/{name}": np.asarray(Image.open(f"{f}.png"))[None] for name, f in files.items()}
-            tracker.log_images(sheets, step=step, dataformats="NHWC")
+            for tag, stem in stems.items():
+                # not add_image or add_video, which encode anew: a picture that stands still, or with moviepy
+                tracker.writer.file_writer.add_summary(gif_summary(tag, f"{stem}.gif"), step)
+            tracker.writer.flush()
 
 
-def push_to_hub(args):
-    """Upload the run with a model card, without checkpoints."""
-    from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-    from huggingface_hub import create_repo, upload_folder
+def gif_summary(tag, file):
+    """A gif as tensorboard's images, among which it plays."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
-    repo = create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True, token=args.hub_token).repo_id
-    card = load_or_create_model_card(
-        repo, from_training=True, base_model=str(args.pretrained_model_name_or_path), inference=True,
-        model_description="Stable Video Diffusion, fine-tuned with SVD Xtend.\n\n![before and after](comparison.gif)",
-    )  # fmt: skip
-    populate_model_card(card, ["stable-video-diffusion", "image-to-video"]).save(Path(args.output_dir, "README.md"))
-    upload_folder(
-        repo_id=repo, folder_path=args.output_dir, token=args.hub_token,
-        ignore_patterns=["checkpoint-*", "abandoned-*", "partial-*", "logs/*", "wandb/*"],
-    )  # fmt: skip
+    with Image.open(file) as gif:
+        width, height = gif.size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=Path(file).read_bytes())
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 if __name__ == "__main__":  # for the .sh files: the precision, or what is wrong with the machine
