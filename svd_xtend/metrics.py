@@ -2,8 +2,8 @@
 
     frame_figures(made, true)         PSNR and SSIM of each frame, by torchmetrics
     ways = flows(frames)              optical flow, for
-    order_figures(frames, ways, fps)      flicker, warp error, motion: of any clip, the true one too
-    control_figures(ways, asked)          do objects go where their boxes go?
+    order_figures(frames, ways, fps)  flicker, warp error, motion: of any clip, the true one too
+    control_figures(ways, asked)      do objects go where their boxes go?
     lpips(), i3d()                    by published networks whose weights the user has; else Missing says how to get them
     table_of(rows)                    all of it over a data set, and by how much a tuned model differs from its base
 
@@ -21,9 +21,8 @@ from svd_xtend import held_out, motion
 ALEXNET = "alexnet-owt-7be5be79.pth"
 ALEXNET_SOURCE = f"https://download.pytorch.org/models/{ALEXNET}"
 I3D = "i3d_torchscript.pt"
-I3D_SOURCE = (
-    f"https://www.dropbox.com/s/ge9e5ujwgetktms/{I3D}?dl=1"  # the network of StyleGAN-V's and Ctrl-V's evaluations
-)
+# the network of StyleGAN-V's and Ctrl-V's evaluations
+I3D_SOURCE = f"https://www.dropbox.com/s/ge9e5ujwgetktms/{I3D}?dl=1"
 LONGER = 256  # pixels of the longer side at which flow is computed, at least
 STILL = 0.5  # of these pixels: what moves less, from frame to frame, stands still
 
@@ -155,13 +154,15 @@ def control_figures(ways, asked):
 def lpips():
     """A function of two clips: (f,) learned perceptual distance of their frames (Zhang et al. 2018, AlexNet), by torchmetrics. Raises
     Missing where it cannot."""
-    import importlib.util
-
     import torch
 
     file = Path(torch.hub.get_dir(), "checkpoints", ALEXNET)
-    if not importlib.util.find_spec("torchvision"):
-        raise Missing(f"LPIPS is left out: pip install torchvision, and download {ALEXNET_SOURCE} to {file}")
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: of another torch
+        raise Missing(
+            f"LPIPS is left out ({error}): pip install torchvision, one of this torch, and download {ALEXNET_SOURCE} to {file}"
+        ) from error
     if not file.is_file():
         raise Missing(f"LPIPS is left out: download {ALEXNET_SOURCE} to {file}")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -217,7 +218,7 @@ def frechet(a, b):
 
 
 def table_of(rows):
-    """[{name, label, better, still, base, tuned, truth, difference}] of each metric that was measured: means over the clips of which
+    """[{name, label, better, still, base, tuned, truth, difference, verdict}] of each metric that was measured: means over the clips of which
     all of these are known, None of what there is not. difference: (mean, low, high) of tuned - base over the clips, and where
     nearer to the truth is better of how far they are from it. rows: of each clip `figures` {column: {name: figure}} and `features`
     {column: i3d's answer, or None}."""
@@ -237,7 +238,7 @@ def table_of(rows):
             features = {c: np.array([row["features"][c] for row in rows]) for c in rows[0]["features"]}
             line |= {c: frechet(f, features["truth"]) for c, f in features.items() if c != "truth"}
         if line["base"] is not None:
-            table.append(line)
+            table.append({**line, "verdict": verdict(line)})
     return table
 
 
@@ -261,6 +262,6 @@ def in_words(table):
         ends = f" ({low:+.3g} to {high:+.3g})" if low is not None else ""
         away = " in distance to the truth" * (line["better"] == "truth")
         told = "" if mean is None else f"{mean:+.3g}{ends}{away}"
-        lines.append((line["label"], *cells, *[told, verdict(line)][: len(last)]))
+        lines.append((line["label"], *cells, *[told, line["verdict"]][: len(last)]))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

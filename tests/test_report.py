@@ -56,7 +56,7 @@ def folder(tmp_path_factory, clips):
         runs.write_row(out / "held_out.jsonl", {"step": step, "seconds": 1.0, "raw": raw})
         runs.write_row(out / "motion.jsonl", {"step": step, "motion": 0.1, "motion_truth": 0.2, "clips": {}})
     metric = {"name": "psnr", "label": HOSTILE, "better": "higher", "still": None, "base": 20.0, "tuned": 24.5,
-              "truth": None, "difference": [4.5, 4.0, 5.0]}  # fmt: skip
+              "truth": None, "difference": [4.5, 4.0, 5.0], "verdict": "better"}  # fmt: skip
     told = {"base": "b", "tuned": HOSTILE, "protocol": None, "clips": 6, "metrics": [metric], "left_out": {}}
     (out / "evaluation").mkdir()
     (out / "evaluation" / "evaluation.json").write_text(json.dumps(told))

@@ -410,15 +410,15 @@ def test_the_card_says_whether_it_learned(copied):
 
 def test_the_card_tells_of_an_evaluation_that_is_newer_than_the_training(copied):
     row = {"name": "psnr", "label": "PSNR, dB", "better": "higher", "still": 18.5, "base": 20.25, "tuned": 21.75,
-           "truth": None, "difference": [1.5, 1.25, 1.75]}  # fmt: skip
-    moves = {**row, "label": "motion", "better": "truth", "truth": 0.5, "difference": [0.1, None, None]}
+           "truth": None, "difference": [1.5, 1.25, 1.75], "verdict": "better"}  # fmt: skip
+    moves = {**row, "label": "motion", "better": "truth", "truth": 0.5, "difference": [0.1, None, None], "verdict": ""}
     file = copied / "evaluation" / "evaluation.json"
     file.parent.mkdir()
     file.write_text(json.dumps({"clips": 4, "num_frames": 8, "size": [64, 48], "metrics": [row, moves]}))
     (copied / "report.html").unlink()
     text = model_card.text(copied)
-    assert "| PSNR, dB | higher | 18.5 | 20.25 | 21.75 |  | +1.5 (+1.25 to +1.75) |" in text
-    assert "| motion | near truth | 18.5 | 20.25 | 21.75 | 0.5 | +0.1 |" in text
+    assert "| PSNR, dB | higher | 18.5 | 20.25 | 21.75 |  | +1.5 (+1.25 to +1.75) | better |" in text
+    assert "| motion | near the truth | 18.5 | 20.25 | 21.75 | 0.5 | +0.1 |  |" in text
     assert "4 clips that nothing was trained on, 8 frames of 64x48" in text and "`report.html`" not in text
     os.utime(file, (0, 0))
     assert "PSNR" not in model_card.text(copied)
