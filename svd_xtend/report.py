@@ -25,13 +25,8 @@ from svd_xtend import clips, runs, video
 logger = logging.getLogger("svd_xtend")
 
 BUDGET = 4_000_000  # characters of all videos together; a page stays under 6 MB
-SIZES = (
-    (384, 80),
-    (320, 75),
-    (256, 70),
-    (192, 60),
-    (128, 50),
-)  # pixels of a frame's width, WebP's quality; the first that fits
+# pixels of a frame's width, and WebP's quality; the first that fits
+SIZES = ((384, 80), (320, 75), (256, 70), (192, 60), (128, 50))
 IMAGES, STEPS = 8, 12  # shown of more: the first ones, evenly many
 POINTS = 300  # of a curve
 COLORS = {  # in the plots, each as what the page's style sheet, in light and dark, makes of it
@@ -51,18 +46,20 @@ STYLE = {
 
 
 def rendered(output_dir):
-    """{name: {step: mp4}} of what validations wrote, at most IMAGES of at most STEPS, and how many steps there are."""
+    """{name: {step: mp4}} of all that validations wrote."""
     found = {}
     for file in sorted(Path(output_dir, "validation").glob("step*.mp4"), key=video.natural_key):
         if match := re.fullmatch(r"step(\d+)_(.+)", file.stem):
             found.setdefault(match[2], {})[int(match[1])] = file
+    return found
+
+
+def few(found):
+    """At most IMAGES of these, of at most STEPS."""
+    found = dict(list(found.items())[:IMAGES])
     steps = sorted({step for files in found.values() for step in files})
-    kept = (
-        {steps[i] for i in np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)} if steps else ()
-    )
-    return {name: {s: f for s, f in files.items() if s in kept} for name, files in list(found.items())[:IMAGES]}, len(
-        steps
-    )
+    kept = {steps[i] for i in np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)}
+    return {name: {step: file for step, file in files.items() if step in kept} for name, files in found.items()}
 
 
 def beside(args):
@@ -92,7 +89,7 @@ def readable(file):
 def sheet(frames, width, quality):
     """All frames in one WebP: {uri, count, columns, width, height of each}."""
     width = min(width, frames[0].width)
-    width, height = width, max(round(frames[0].height * width / frames[0].width), 1)
+    height = max(round(frames[0].height * width / frames[0].width), 1)
     columns = math.ceil(len(frames) ** 0.5)
     canvas = Image.new("RGB", (columns * width, math.ceil(len(frames) / columns) * height))
     for i, frame in enumerate(frames):
@@ -104,11 +101,10 @@ def sheet(frames, width, quality):
 
 
 def players(output_dir, args):
-    """What the page plays: {steps, left_out: how many steps are not shown, clips: [{name, fps, init, truth, steps: sheets}]}."""
-    (found, count), told = rendered(output_dir), beside(args)
-    if not found:
-        return {"steps": [], "left_out": 0, "clips": []}
-    last = [frames for files in found.values() if (frames := readable(files[max(files)]))]
+    """What the page plays: {steps, clips: [{name, fps, init, truth, steps: sheets}], left_out: files that are not shown}."""
+    everything, told = rendered(output_dir), beside(args)
+    found = few(everything)
+    last = [frames for files in found.values() if files and (frames := readable(files[max(files)]))]
     sheets = sum(map(len, found.values())) + 2 * len(found)
     for size in SIZES:
         if sum(len(sheet(frames, *size)["uri"]) for frames in last) / max(len(last), 1) * sheets <= BUDGET:
@@ -124,14 +120,15 @@ def players(output_dir, args):
         steps = [*steps[:-1:2], steps[-1]]
     for clip in shown:
         clip["steps"] = [clip["steps"].get(step) for step in steps]
-    return {"steps": steps, "left_out": count - len(steps), "clips": shown}
+    left_out = sum(map(len, everything.values())) - sum(
+        map(bool, (sheet for clip in shown for sheet in clip["steps"]))
+    )
+    return {"steps": steps, "clips": shown, "left_out": left_out}
 
 
 def weight(shown, steps):
     """Characters of all sheets of these steps."""
-    sheets = [clip[key] for clip in shown for key in ("init", "truth")] + [
-        c["steps"].get(s) for c in shown for s in steps
-    ]
+    sheets = [sheet for clip in shown for sheet in (clip["init"], clip["truth"], *map(clip["steps"].get, steps))]
     return sum(len(sheet["uri"]) for sheet in sheets if sheet)
 
 

@@ -300,7 +300,16 @@ def test_a_page_of_many_large_videos_stays_small(tmp_path, monkeypatch):
     shown = report.players(tmp_path, {})
     assert sum(len(sheet["uri"]) for clip in shown["clips"] for sheet in clip["steps"]) <= report.BUDGET
     assert shown["steps"][0] == 0 and shown["steps"][-1] == 13 and len(shown["clips"]) == 3
-    assert shown["left_out"] == 14 - len(shown["steps"]) > 2  # more than STEPS alone leaves out
+    assert shown["left_out"] == 3 * (14 - len(shown["steps"])) > 6  # more than STEPS alone leaves out
+
+
+def test_of_many_pictures_the_first_are_shown_and_the_others_counted(tmp_path):
+    (tmp_path / "validation").mkdir()
+    for name in range(12):
+        video.write_mp4(tmp_path / "validation" / f"step000000_picture{name}.mp4", [flat(0, 0)], 7)
+    shown = report.players(tmp_path, {})
+    assert [clip["name"] for clip in shown["clips"]] == [f"picture{name}" for name in range(8)]
+    assert shown["left_out"] == 4
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path):
