@@ -29,15 +29,19 @@ from svd_xtend.lora import FILE_NAME, load_lora
 
 logger = logging.getLogger("svd_xtend")
 
-# Ctrl-V (arXiv 2406.05630): 25 frames of 512x320, 30 sampling steps; frame 0 counts, and pictures are compared at 410x256
-PROTOCOLS = {"ctrl-v": dict(num_clips=200, num_frames=25, width=512, height=320, num_inference_steps=30, buckets=False)}  # fmt: skip
+# Ctrl-V (arXiv 2406.05630): 25 frames of 512x320, 30 sampling steps, told 7 frames a second and bucket 127; frame 0 counts, and
+# pictures are compared at 410x256
+PROTOCOLS = {
+    "ctrl-v": dict(
+        num_clips=200, num_frames=25, width=512, height=320, num_inference_steps=30, fps=7.0, motion_bucket_id=127.0, buckets=False,
+    )
+}  # fmt: skip
 COMPARED_AT = {"ctrl-v": (410, 256)}
 PARITY = dict(width=128, height=64)  # which does not depend on the size
-PLAIN = dict(
-    draw_boxes="no", soft_boxes=0.0, box_dropout=0.0
-)  # clips and boxes as they are, but for what a run was told
+# clips and boxes as they are, but for what a run was told
+PLAIN = dict(draw_boxes="no", soft_boxes=0.0, box_dropout=0.0)
 SHOWN = 4  # clips in the comparison
-COLORS = {"still": "#e0a72c", "base": "#8a8f98", "tuned": "#5584e6", "truth": "#e2702c"}
+BOXES = "tracklet_weights.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------------- what is compared
@@ -63,24 +67,44 @@ def settle(flags):
     args |= {name: value for name, value in run.items() if name not in ("output_dir", "validation_image")}
     args |= {"num_clips": args["validation_clips"], **PROTOCOLS.get(flags.protocol, PARITY if flags.parity else {})}
     args |= {name: value for name, value in vars(flags).items() if value is not None or name not in args}
-    args["box_control"] = "stage" in run or Path(flags.tuned or "", "tracklet_weights.safetensors").is_file()
+    args["box_control"] = "stage" in run or bool(flags.tuned and Path(flags.tuned, BOXES).is_file())
     for name, value in zip(("P_mean", "P_std"), train_svd.default_P(args["width"], args["height"])):
         args[name] = value if args[name] is None else args[name]
     args["mixed_precision"] = precision(flags.mixed_precision, run.get("mixed_precision"))
     args["validation_ratio"] = 0.0 if flags.validation_folder else args["validation_ratio"]
-    trained_on = [folder for folder in args["base_folder"] if run and Path(folder).is_dir()]
-    args["trained_with"] = run.get("num_frames"), run.get("fps")
-    if args["validation_folder"] and len(trained_on) < len(args["base_folder"]):
-        args["base_folder"] = args["validation_folder"]  # how much moves is then ranked among the held-out clips alone
-        args["trained_with"] = None, None
+    args["trained_with"], gone = (
+        (run.get("num_frames"), run.get("fps")),
+        [f for f in args["base_folder"] if not Path(f).is_dir()],
+    )
+    if args["validation_folder"] and (gone or not run):
+        args["base_folder"], args["trained_with"] = args["validation_folder"], (None, None)
+        if gone and run and args["motion_bucket_id"] == "auto":
+            logger.warning(
+                "--base_folder %s of the run is not here: motion_bucket_id is by rank among the held-out clips",
+                gone[0],
+            )
     args |= dict(latent_cache=None, folder_weights=None, image_ratio=0.0, per_gpu_batch_size=1)
     args |= dict(validation_clips=args["num_clips"], validation_steps=1)
-    if not flags.output_dir:
-        beside = Path(flags.tuned or "outputs")
-        args["output_dir"] = str((beside.parent if beside.is_file() else beside) / "evaluation")
+    args["output_dir"] = flags.output_dir or str(evaluation_folder(flags.tuned, flags.ema))
     args = argparse.Namespace(**args)
-    check(args, trained_on)
+    check(args)
     return args
+
+
+def evaluation_folder(tuned, ema):
+    """evaluation/ in a run's folder, where report.html finds it, or beside a LoRA file; of a checkpoint evaluation/checkpoint-1000."""
+    tuned = Path(tuned or "outputs")
+    if (tuned / checkpoints.TRAINED).is_file():
+        return tuned.absolute().parent / "evaluation" / f"{tuned.absolute().name}{'-ema' * ema}"
+    return (tuned.parent if tuned.is_file() else tuned) / "evaluation"
+
+
+def step_of(tuned):
+    """How many steps a checkpoint, or what a run wrote at its end, was trained; None where that is not known."""
+    if tuned and Path(tuned, checkpoints.TRAINED).is_file():
+        return checkpoints.read_progress(tuned)["step"]
+    rows = runs.rows_of(Path(tuned or "", "metrics.jsonl")) if tuned else []
+    return rows[-1]["step"] if rows else None
 
 
 def precision(asked, trained):
@@ -93,7 +117,7 @@ def precision(asked, trained):
         return runs.best_precision()
 
 
-def check(args, trained_on):
+def check(args):
     """Raise where a flag, or what the run of --tuned was told in its place, cannot be."""
     for name in ("width", "height"):
         value = getattr(args, name)
@@ -114,12 +138,10 @@ def check(args, trained_on):
         raise ValueError("--validation_folder: pass a folder of clips that nothing was trained on")
     for folder in args.validation_folder or args.base_folder:
         if not Path(folder).is_dir():
+            whose = "" if args.validation_folder else f"; --tuned {args.tuned} has held out a part of it"
             raise ValueError(
-                f"--validation_folder {folder}: no such folder. Pass one of clips that nothing trained on"
+                f"--validation_folder {folder}: no such folder{whose}. Pass one of clips that nothing trained on"
             )
-    seen, held = ({Path(folder).resolve() for folder in f or []} for f in (trained_on, args.validation_folder))
-    for folder in seen & held:
-        logger.warning("--validation_folder %s: --tuned was trained on these clips", folder)
 
 
 # ------------------------------------------------------------------------------------------------------------------ models
@@ -142,10 +164,9 @@ def tune(unet, args):
     elif folder.suffix == ".safetensors" or (folder / FILE_NAME).is_file():
         load_lora(unet, folder)
     else:
-        raise ValueError(
-            f"--tuned {folder}: holds nothing that a trainer writes. Expected unet/, {FILE_NAME}, tracklet_weights.safetensors, or "
-            f"a checkpoint with {checkpoints.TRAINED}"
-        )
+        there = sorted(folder.glob("checkpoint-*"), key=video.natural_key)
+        advice = f"; pass {there[-1]}" if there else f". Expected unet/, {FILE_NAME}, {BOXES}, or a checkpoint"
+        raise ValueError(f"--tuned {folder}: holds nothing that a trainer writes at its end{advice}")
     return unet
 
 
@@ -184,9 +205,9 @@ def clips_of(args, process):
 
 
 def windows(data, count):
-    """[(clip, number of its first frame)] of up to `count` windows that do not overlap: of each clip the first, or where there are
-    fewer clips all, spread evenly."""
-    found = [(n, 0) for n in range(len(data))]
+    """[(clip, number of its first frame)] of up to `count` windows: of each clip of which the held-out loss is told the first, or where
+    there are fewer clips all that do not overlap, spread evenly."""
+    found = [(next(data.order.choices(i)), 0) for i in range(min(count, len(data)))]
     if len(found) < count:
         found = []
         for n in range(len(data)):
@@ -209,14 +230,20 @@ def boxes_of(data, clip, numbers, args):
 # ----------------------------------------------------------------------------------------------------------------- measure
 
 
-def networks():
-    """({name: metric by a published network}, {name: how to get it}), those at hand and those that are not."""
+def networks(num_frames, process):
+    """({name: metric by a published network}, {name: how to get it}), those at hand and those that are not; says what is not."""
     found, left_out = {}, {}
     for name, find in (("lpips", metrics.lpips), ("fvd", metrics.i3d)):
         try:
+            if name == "fvd" and num_frames < metrics.I3D_FRAMES:
+                raise metrics.Missing(
+                    f"FVD is left out: it takes {metrics.I3D_FRAMES} frames or more, these clips have {num_frames}"
+                )
             found[name] = find()
         except metrics.Missing as missing:
             left_out[name] = str(missing)
+            if process.is_main_process:  # now, not after hours
+                print(missing, flush=True)
     return found, left_out
 
 
@@ -257,8 +284,9 @@ def render(name, pipe, model, data, args, found, process):
         clips = {name: np.stack([np.asarray(frame) for frame in made])}
         if name == "base":
             clips |= {"truth": true, "still": np.repeat(true[:1], len(true), 0)}
-        row = {"number": i, "clip": f"{clip.path} from frame {start}", "fps": told["fps"], "boxes": boxes}
-        rows.append({**row, "figures": {}, "features": {}, "frames": clips if i < SHOWN else {}})
+        row = {"number": i, "clip": f"{clip.path} from frame {start}", "film": held_out.film_of(clip.path)}
+        row |= {"fps": told["fps"], "boxes": boxes, "frames": clips if i < SHOWN else {}}
+        rows.append({**row, "figures": {}, "features": {}})
         for column, frames in clips.items():
             beside = None if column == "truth" else true
             told_of = measure(frames, beside, told["fps"], boxes, found, COMPARED_AT.get(args.protocol))
@@ -309,15 +337,14 @@ def compare(args):
     if process.num_processes > 1:
         processes.fail_together(process.process_index)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    found, left_out = networks()
     if process.is_main_process:
-        how = f"precision {args.mixed_precision}, {process.device}, {process.num_processes} process(es)"
-        print(how, *left_out.values(), sep="\n", flush=True)
+        print(f"precision {args.mixed_precision}, {process.device}, {process.num_processes} process(es)", flush=True)
     data, held, losses, rows = None, None, {}, {}
     for name in ["tuned", "base"][not args.tuned :]:  # what may be wrong with --tuned shows at once
         pipe, model = load(args, name == "tuned", process.device)
         args.num_frames = args.num_frames or pipe.unet.config.num_frames
-        data = data or clips_of(args, process)
+        if data is None:
+            data, (found, left_out) = clips_of(args, process), networks(args.num_frames, process)
         with runs.writing(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         held = held or held_out_of(data, args, pipe, process)
@@ -330,33 +357,36 @@ def compare(args):
         held.pipe = pipe = model = None  # one UNet at a time
     if process.is_main_process:
         whole = [rows[i] for i in sorted(rows) if losses.keys() <= rows[i]["figures"].keys()]
-        write(args, held.sigmas, losses, whole, left_out)
+        write(args, held, losses, whole, left_out)
     process.end_training()
 
 
 # -------------------------------------------------------------------------------------------------------------------- show
 
 
-def write(args, sigmas, losses, rows, left_out):
+def write(args, held, losses, rows, left_out):
     """evaluation.json, figures.png, comparison.gif and .png; and the table, on standard output."""
     if not rows:
         raise ValueError(f"--validation_folder {args.validation_folder or args.base_folder}: no clip can be read")
     out, table = Path(args.output_dir), metrics.table_of(rows)
-    row = held_out.compare(sigmas, losses["base"], losses["tuned"]) if "tuned" in losses else None
+    row = held_out.compare(held.sigmas, losses["base"], losses["tuned"], held.films) if "tuned" in losses else None
     preset, used = PROTOCOLS.get(args.protocol, {}), {**vars(args), "num_clips": len(rows)}
     otherwise = {name: used[name] for name in preset if used[name] != preset[name]}
     told = {
         "base": args.pretrained_model_name_or_path, "tuned": args.tuned, "ema": args.ema, "protocol": args.protocol,
-        "otherwise_than_protocol": otherwise,
-        "clips": len(rows), "num_frames": args.num_frames, "size": [args.width, args.height], "held_out": row,
-        "base_loss": losses["base"].mean(0).tolist(), "sigma": sigmas, "metrics": table, "left_out": left_out,
+        "otherwise_than_protocol": otherwise, "step": step_of(args.tuned),
+        "clips": len(rows), "films": len({r["film"] for r in rows}), "num_frames": args.num_frames, "size": [args.width, args.height], "held_out": row,
+        "base_loss": losses["base"].mean(0).tolist(), "sigma": held.sigmas, "metrics": table, "left_out": left_out,
         "by_clip": [{"clip": r["clip"], **r["figures"]} for r in rows],
         "args": {k: v for k, v in vars(args).items() if k != "hub_token"},
     }  # fmt: skip
-    what = f"{len(rows)} held-out clips, {args.num_frames} frames of {args.width}x{args.height}"
+    count = held_out.how_many(told["clips"], told["films"])
+    what = f"{count} held out, {args.num_frames} frames of {args.width}x{args.height}"
+    runs.write_whole(out / "evaluation.json", json.dumps(told, indent=1, default=str))
     with runs.writing(out):
-        (out / "evaluation.json").write_text(json.dumps(told, indent=1, default=str))
-        draw(out / "figures.png", row, rows, f"{Path(args.tuned or args.pretrained_model_name_or_path).name}: {what}")
+        metrics.draw(
+            out / "figures.png", row, rows, f"{Path(args.tuned or args.pretrained_model_name_or_path).name}: {what}"
+        )
         if some := [shown(r) for r in rows if r["frames"]]:
             video.write_comparison(out / "comparison", some, rows[0]["fps"])
     if args.tuned and out.name == "evaluation" and (out.parent / "report.html").is_file():
@@ -364,7 +394,7 @@ def write(args, sigmas, losses, rows, left_out):
     but = f", but {', '.join(f'{name} {value}' for name, value in otherwise.items())}" if otherwise else ""
     print(f"\nprotocol {args.protocol}{but}" if args.protocol else "")
     print(f"{what}\n{metrics.in_words(table)}")
-    print(f"\nheld-out loss {held_out.told(row) if row else format(losses['base'].mean(), '.4g')}")
+    print(f"\nheld-out loss {held_out.told(row, 'the base') if row else format(losses['base'].mean(), '.4g')}")
     print("\n".join([*left_out.values(), f"{out}/evaluation.json, figures.png, comparison.gif .png"]))
 
 
@@ -375,38 +405,6 @@ def shown(row):
     columns = [column for column in ("base", "tuned", "truth") if column in row["frames"]]
     clips = {column: [Image.fromarray(frame) for frame in row["frames"][column]] for column in columns}
     return {name: tracklets.render(clip, row["boxes"]) if row["boxes"] else clip for name, clip in clips.items()}
-
-
-def draw(file, row, rows, what):
-    """A picture of it: the loss at each noise level, how good each frame is, how much moves."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((13, 4.2) if row else (8.8, 4.2), layout="constrained")
-    figure.suptitle(what)
-    axes, columns = list(figure.subplots(1, 3 if row else 2)), [c for c in metrics.COLUMNS if c in rows[0]["figures"]]
-    if row:
-        ax = axes.pop(0)
-        mean, low, high = np.array([[m if v is None else v for v in (m, *ends)] for m, *ends in row["by_sigma"]]).T
-        ax.axhline(0, color=COLORS["base"], lw=1)
-        ax.errorbar(row["sigma"], mean, (mean - low, high - mean), color=COLORS["tuned"], marker="o", capsize=4)
-        ax.set(xscale="log", xlabel="noise level sigma", ylabel="held-out loss, tuned - base")
-        ax.set_title("Below 0: tuned is better (bars: 95 %)")
-        ax.set_xticks(row["sigma"], [f"{sigma:.2g}" for sigma in row["sigma"]], minor=False)
-        ax.minorticks_off()
-    for name in columns[:-1]:
-        curves = np.array([r["figures"][name]["psnr_by_frame"] for r in rows])[:, 1:]
-        label = {"still": "frame 0, standing still"}.get(name, name)
-        axes[0].plot(range(1, curves.shape[1] + 1), curves.mean(0), color=COLORS[name], label=label, lw=2)
-    axes[0].set(xlabel="frame", ylabel="PSNR, dB", title="Higher: more like the true frames")
-    moved = {c: [r["figures"][c]["motion"] for r in rows] for c in columns}
-    most = 1.05 * max(map(max, moved.values())) or 1
-    axes[1].plot([0, most], [0, most], color=COLORS["truth"], lw=1, label="as in the true clip")
-    for name in columns[1:-1]:
-        axes[1].scatter(moved["truth"], moved[name], color=COLORS[name], label=name, s=24, alpha=0.8)
-    axes[1].set(xlabel="in the true clip", ylabel="in the model's", title="Motion, picture lengths a second")
-    for ax in axes:
-        ax.legend()
-    figure.savefig(file, dpi=110)
 
 
 # ------------------------------------------------------------------------------------------------------------------ parity
@@ -554,7 +552,7 @@ def build_parser():
     parser.add_argument("--parity", action="store_true", help="compare what the trainer does with the stock pipeline and scheduler on one clip, tensor by tensor, and nothing else; ends with 1 where they differ")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="as published; ctrl-v (arXiv 2406.05630): 200 clips of 25 frames of 512x320, compared at 410x256, frame 0 too. Flags given here still win, and the result says so")
     parser.add_argument("--num_clips", type=int, help="clips that are rendered and measured; default: the run's --validation_clips, or 16")
-    parser.add_argument("--output_dir", help="default: evaluation/ in --tuned, where report.html finds it, or outputs/evaluation")
+    parser.add_argument("--output_dir", help="default: evaluation/ in --tuned, where report.html finds it, of a checkpoint evaluation/checkpoint-1000 beside it, or outputs/evaluation")
     g = parser.add_argument_group("as in training; default: as the run of --tuned was told, or else train_svd.py's")
     g.add_argument("--pretrained_model_name_or_path", metavar="PATH", help="the base")
     g.add_argument("--revision")

@@ -356,7 +356,7 @@ def build_parser():
     c = commands.add_parser("split", help="hold clips out of training")
     c.add_argument("folder", type=Path)
     c.add_argument("out", type=Path)
-    c.add_argument("--held_out", type=float, default=0.1, help="fraction of the clips; default: %(default)s")
+    c.add_argument("--held_out", type=float, default=0.1, help="about this fraction of the films, by name; default: %(default)s")
     c.add_argument("--how", choices=HOW, default="link", help="default: %(default)s")
     c.add_argument("--seed", type=int, default=0)
     # fmt: on

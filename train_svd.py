@@ -337,8 +337,8 @@ def load_data(args, dataset, accelerator):
     processes.check_same("--base_folder", data.clips.digest())
     if held:
         processes.check_same("--validation_folder", held.clips.digest())
-        held.clips.rank_among(data.clips)
-        held.order = order.Order([(range(len(held)), 1)], args.validation_seed)  # each clip once, whatever its size
+        # the same list: an evaluation that does not have the clips that trained
+        held_out.settle(held, data, args.validation_seed, apart=ratio or apart is folders)
     return data, held
 
 
@@ -532,7 +532,7 @@ def build_parser(description=__doc__, **defaults):
     g = parser.add_argument_group("validation")
     g.add_argument("--validation_steps", type=int, default=500, help="render every so many steps, before and after; 0: never")
     g.add_argument("--validation_folder", nargs="+", metavar="FOLDER", help="clips to hold out: each validation tells the loss on them, of the model and of the one that the run began with, on the same draws")
-    g.add_argument("--validation_ratio", type=float, default=0.0, help="hold out this fraction of --base_folder's clips instead; none of a film that trains")
+    g.add_argument("--validation_ratio", type=float, default=0.0, help="hold out about this fraction of --base_folder's clips instead, by name, so that none that trained is held out when more come; none of a film that trains")
     g.add_argument("--validation_clips", type=int, default=16, help="how many of them count; default: %(default)s")
     g.add_argument("--validation_image", nargs="+", default=[], metavar="IMAGE", help="pictures, or videos of which the first frame, to animate; default: the first video's, of those held out where there are some")
     g.add_argument("--noise_aug_strength", type=float, default=0.0, help="noise on the validation image")

@@ -21,7 +21,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from svd_xtend import decode, folders
+from svd_xtend import decode, folders, order
 
 logger = logging.getLogger("svd_xtend")
 
@@ -32,12 +32,13 @@ CONFIDENCE = 0.95
 # ---------------------------------------------------------------------------------------------------------- which clips
 
 
-def source_of(listing, i):
-    """What must not be on both sides of a split: the video that a clip was extracted from, else the clip."""
-    name, kind = listing.name(i), listing.arrays["kinds"][i]
-    if kind == folders.FRAMES and listing.arrays["jsons"][i]:
+def film_of(path, kind=None):
+    """What must not be on both sides of a split, and is one witness, not several: the video that the clip at this path was
+    extracted from, else the clip. kind: folders.FRAMES where it has a clip.json to ask; None: not known."""
+    name = Path(path).name
+    if kind is None or kind == folders.FRAMES:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            name = json.loads((listing.root / name / "clip.json").read_text())["source"] or name
+            name = json.loads(Path(path, "clip.json").read_text())["source"] or name
     return re.sub(r"_scene\d+$", "", Path(name).stem if decode.is_video(name) else Path(name).name)
 
 
@@ -45,26 +46,20 @@ def sources_of(listing):
     """{source: numbers of its clips}, pictures left out."""
     sources = {}
     for i in np.flatnonzero(listing.arrays["kinds"] != folders.STILL).tolist():
-        sources.setdefault(source_of(listing, i), []).append(i)
+        kind = listing.arrays["kinds"][i] if listing.arrays["jsons"][i] else folders.FILE
+        sources.setdefault(film_of(listing.root / listing.name(i), kind), []).append(i)
     return sources
 
 
 def choose(sources, fraction, seed=0, parts=None):
-    """Those of {source: clips} that are held out: the first in an order that depends on seed and name alone, so that what is
-    held out today is held out when more clips come, as long as the fraction has room for it. Of each of `parts`, lists of
-    sources, the last one stays."""
+    """Those of {source: clips} that are held out: about this fraction, each by what seed and name alone decide, so that when more come
+    none that was trained on is held out. At least one; of each of `parts`, lists of sources, one stays."""
 
     def key(name):
-        return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+        return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "big") / 2**64
 
-    stay = {max(part, key=key) for part in parts or [sources]}
-    total, chosen, count = sum(map(len, sources.values())), set(), 0
-    for name in sorted(sources.keys() - stay, key=key):
-        if count >= fraction * total:
-            break
-        chosen.add(name)
-        count += len(sources[name])
-    return chosen
+    may = sources.keys() - {max(part, key=key) for part in parts or [sources]}
+    return {name for name in may if key(name) < fraction} or set(sorted(may, key=key)[:1])
 
 
 def part(roots, fraction, held):
@@ -86,6 +81,20 @@ def part(roots, fraction, held):
         count = sum(len(sources[name]) for name in chosen)
         logger.info("%d of %d clips are held out", count, sum(map(len, sources.values())))
     return [listing for listing in listings if not held or listing.used.any()]
+
+
+def settle(held, data, seed, apart):
+    """Of a data set of clips held out: raise where one of them, or what it links to, is among those that train, unless they are
+    `apart` or meant to be the same; motion buckets by rank among these; and each clip once, in an order by seed."""
+    paths = {} if apart else {(clip := held.clips[int(i)]).path.resolve(): clip.path for i in order.some(held.clips)}
+    for listing, kept in zip(data.clips.listings, data.clips.kept):
+        root = listing.root.resolve()
+        own = {path.name: told for path, told in paths.items() if path.parent == root}
+        both = own.keys() & {listing.name(i) for i in kept.tolist()} if own else ()
+        for name in both:
+            raise ValueError(f"--validation_folder: {own[name]} is among the clips that train; hold out others")
+    held.clips.rank_among(data.clips)
+    held.order = order.Order([(range(len(held)), 1)], seed)
 
 
 @contextlib.contextmanager
@@ -126,6 +135,7 @@ class HeldOut:
         # log sigma is P_mean itself then, nothing is dropped, and noise is keyed by (validation_seed, clip, sigma)
         fixed = {"seed": args.validation_seed, "P_std": 0.0, "conditioning_dropout_prob": (0.0, 0.0, 0.0)}
         self.args, self.batches = argparse.Namespace(**{**vars(args), **fixed}), []
+        self.films = [film_of(data.clips[next(data.order.choices(i))].path) for i in range(self.count)]
         with torch.no_grad(), at_hand(pipe, self.device):
             for i in self.own:
                 batch = encode(pipe, to_device(default_collate([data[i]]), self.device), args)
@@ -153,7 +163,7 @@ class HeldOut:
         """(the row of <output_dir>/held_out.jsonl, what a tracker gets) of {"raw": losses, "ema": losses}; says it, too."""
         row, shown = {"step": step, "seconds": round(self.seconds, 3)}, {}
         for name, table in losses.items():
-            row[name] = compare(self.sigmas, self.base, table)
+            row[name] = compare(self.sigmas, self.base, table, self.films)
             shown |= curves(row[name], "held_out" if name == "raw" else f"held_out_{name}")
             logger.info("step %d: held-out loss%s %s", step, " of the averages" * (name == "ema"), told(row[name]))
         self.seconds = 0.0
@@ -176,7 +186,7 @@ def moved(batch, device, times=None):
 
 
 def interval(differences):
-    """(mean, low, high) of differences of pairs (n,), n independent clips: Student's t, CONFIDENCE; of one clip no ends."""
+    """(mean, low, high) of differences of pairs (n,), n independent films: Student's t, CONFIDENCE; of one film no ends."""
     from scipy.stats import t
 
     differences = np.asarray(differences, np.float64)
@@ -187,22 +197,41 @@ def interval(differences):
     return float(mean), float(mean - reach), float(mean + reach)
 
 
-def compare(sigmas, base, tuned):
+def by_film(values, films):
+    """Means (films, ...) over the clips (n, ...) of each film: clips of one film are no independent witnesses."""
+    names, which = np.unique(films, return_inverse=True)
+    return np.stack([values[which == k].mean(0) for k in range(len(names))])
+
+
+def compare(sigmas, base, tuned, films=None):
     """What two tables of losses (clips, sigmas) say: {sigma, base, loss: of each sigma; difference: (mean, low, high) in total,
-    by_sigma: at each}."""
+    by_sigma: at each}. films: of each clip its film; each film counts the same. Default: a clip each."""
+    count, films = len(base), range(len(base)) if films is None else films
+    base, tuned = (by_film(table, films) for table in (base, tuned))
     difference = tuned - base
     return {
-        "clips": len(base), "sigma": sigmas, "base": base.mean(0).tolist(), "loss": tuned.mean(0).tolist(),
+        "clips": count, "films": len(base), "sigma": sigmas, "base": base.mean(0).tolist(), "loss": tuned.mean(0).tolist(),
         "difference": interval(difference.mean(1)), "by_sigma": [interval(column) for column in difference.T],
     }  # fmt: skip
 
 
-def told(row):
-    """A comparison in words."""
+def comparable(rows):
+    """Those rows of held_out.jsonl that are of the same clips and base as the last one: a run may have gone on with others."""
+    return [row for row in rows if row["raw"]["base"] == rows[-1]["raw"]["base"]]
+
+
+def how_many(clips, films=None):
+    """Clips, and of how many films where these are fewer, in words."""
+    one, other = (f"{n} {what}{'s' * (n != 1)}" for n, what in ((clips, "clip"), (films or clips, "film")))
+    return f"{one} of {other}" if films and films != clips else one
+
+
+def told(row, base="the start"):
+    """A comparison in words. base: what the other model is."""
     mean, low, high = row["difference"]
     ends = f" (95 %: {low:+.3g} to {high:+.3g})" if low is not None else ""
-    base, loss = np.mean(row["base"]), np.mean(row["loss"])
-    return f"{loss:.4g}, that of the start {base:.4g}: {mean:+.3g}{ends} on {row['clips']} clips"
+    loss, other = np.mean(row["loss"]), np.mean(row["base"])
+    return f"{loss:.4g}, that of {base} {other:.4g}: {mean:+.3g}{ends} on {how_many(row['clips'], row['films'])}"
 
 
 def curves(row, name):

@@ -5,7 +5,7 @@
     order_figures(frames, ways, fps)  flicker, warp error, motion: of any clip, the true one too
     control_figures(ways, asked)      do objects go where their boxes go?
     lpips(), i3d()                    by published networks whose weights the user has; else Missing says how to get them
-    table_of(rows)                    all of it over a data set, and by how much a tuned model differs from its base
+    table_of(rows), draw(...)         all of it over a data set, and by how much a tuned model differs from its base
 
 Frames are (f, h, w, 3) uint8. Frame 0 was given: where a figure is of all frames, evaluate_svd.py leaves it out.
 """
@@ -24,6 +24,7 @@ I3D = "i3d_torchscript.pt"
 # the network of StyleGAN-V's and Ctrl-V's evaluations
 I3D_SOURCE = f"https://www.dropbox.com/s/ge9e5ujwgetktms/{I3D}?dl=1"
 LONGER = 256  # pixels of the longer side at which flow is computed, at least
+I3D_FRAMES = 9  # at least: it halves time thrice, and then takes means of two
 STILL = 0.5  # of these pixels: what moves less, from frame to frame, stands still
 
 
@@ -39,6 +40,7 @@ METRICS = {  # title; where it should go: higher, lower, or to what the true cli
     "box_success": ("boxes: IoU of at least 0.5", "higher"),
     "fvd": ("FVD", "lower"),
 }
+COLORS = {"still": "#e0a72c", "base": "#8a8f98", "tuned": "#5584e6", "truth": "#e2702c"}
 COLUMNS = ("still", "base", "tuned", "truth")  # still: frame 0 in place of all frames
 
 
@@ -218,10 +220,10 @@ def frechet(a, b):
 
 
 def table_of(rows):
-    """[{name, label, better, still, base, tuned, truth, difference, verdict}] of each metric that was measured: means over the clips of which
-    all of these are known, None of what there is not. difference: (mean, low, high) of tuned - base over the clips, and where
-    nearer to the truth is better of how far they are from it. rows: of each clip `figures` {column: {name: figure}} and `features`
-    {column: i3d's answer, or None}."""
+    """[{name, label, better, still, base, tuned, truth, difference, verdict}] of each metric that was measured: means over the
+    films (each the mean of its clips) of which all of these are known, None of what there is not. difference: (mean, low, high) of
+    tuned - base over the films, and where nearer to the truth is better of how far they are from it. rows: of each clip its
+    `film`, `figures` {column: {name: figure}} and `features` {column: i3d's answer, or None}."""
     table = []
     for name, (label, better) in METRICS.items():
         line = {"name": name, "label": label, "better": better, **dict.fromkeys((*COLUMNS, "difference"))}
@@ -229,11 +231,13 @@ def table_of(rows):
         values = {c: v for c, v in values.items() if np.isfinite(v).any()}
         told = np.all([np.isfinite(v) for v in values.values()], 0)
         if values and told.any():
-            line |= {c: float(v[told].mean()) for c, v in values.items()}
+            films, values = np.array([row["film"] for row in rows])[told], {c: v[told] for c, v in values.items()}
+            line |= {c: float(held_out.by_film(v, films).mean()) for c, v in values.items()}
             if better == "truth":
                 values = {c: np.abs(v - values["truth"]) for c, v in values.items() if "truth" in values}
             if {"base", "tuned"} <= values.keys():
-                line["difference"] = held_out.interval((values["tuned"] - values["base"])[told])
+                away = held_out.by_film(values["tuned"] - values["base"], films)
+                line["difference"] = held_out.interval(away)
         elif name == "fvd" and len(rows) > 1 and rows[0]["features"]["base"] is not None:
             features = {c: np.array([row["features"][c] for row in rows]) for c in rows[0]["features"]}
             line |= {c: frechet(f, features["truth"]) for c, f in features.items() if c != "truth"}
@@ -265,3 +269,35 @@ def in_words(table):
         lines.append((line["label"], *cells, *[told, line["verdict"]][: len(last)]))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def draw(file, row, rows, what):
+    """A picture of it: the loss at each noise level, how good each frame is, how much moves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((13, 4.2) if row else (8.8, 4.2), layout="constrained")
+    figure.suptitle(what, parse_math=False)
+    axes, columns = list(figure.subplots(1, 3 if row else 2)), [c for c in COLUMNS if c in rows[0]["figures"]]
+    if row:
+        ax = axes.pop(0)
+        mean, low, high = np.array([[m if v is None else v for v in (m, *ends)] for m, *ends in row["by_sigma"]]).T
+        ax.axhline(0, color=COLORS["base"], lw=1)
+        ax.errorbar(row["sigma"], mean, (mean - low, high - mean), color=COLORS["tuned"], marker="o", capsize=4)
+        ax.set(xscale="log", xlabel="noise level sigma", ylabel="held-out loss, tuned - base")
+        ax.set_title("Below 0: tuned is better (bars: 95 %)")
+        ax.set_xticks(row["sigma"], [f"{sigma:.2g}" for sigma in row["sigma"]], minor=False)
+        ax.minorticks_off()
+    for name in columns[:-1]:
+        curves = np.array([r["figures"][name]["psnr_by_frame"] for r in rows])[:, 1:]
+        label = {"still": "frame 0, standing still"}.get(name, name)
+        axes[0].plot(range(1, curves.shape[1] + 1), curves.mean(0), color=COLORS[name], label=label, lw=2)
+    axes[0].set(xlabel="frame", ylabel="PSNR, dB", title="Higher: more like the true frames")
+    moved = {c: [r["figures"][c]["motion"] for r in rows] for c in columns}
+    most = 1.05 * max(map(max, moved.values())) or 1
+    axes[1].plot([0, most], [0, most], color=COLORS["truth"], lw=1, label="as in the true clip")
+    for name in columns[1:-1]:
+        axes[1].scatter(moved["truth"], moved[name], color=COLORS[name], label=name, s=24, alpha=0.8)
+    axes[1].set(xlabel="in the true clip", ylabel="in the model's", title="Motion, picture lengths a second")
+    for ax in axes:
+        ax.legend()
+    figure.savefig(file, dpi=110)

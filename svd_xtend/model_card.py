@@ -7,7 +7,7 @@ text("outputs/lora", "me/lora")     the card, by model_card_template.md
 import re
 from pathlib import Path
 
-from svd_xtend import folders, report, runs
+from svd_xtend import folders, held_out, report, runs
 
 BEGINS, ENDS = "<!-- SVD Xtend writes what follows anew with each push -->", "<!-- until here -->"
 TAGS = ("stable-video-diffusion", "image-to-video")
@@ -47,6 +47,6 @@ def text(output_dir, repo=None):
     return report.template("model_card_template.md").render(
         **told, **found, repo=repo, base=base.removeprefix(f"{runs.ROOT}/"), base_name=Path(base).name if Path(base).exists() else base,
         whole=not found and (out / "model_index.json").exists(), comparison=(out / "comparison.gif").exists(),
-        page=(out / "report.html").exists(), starts=len(runs.starts(out)),
+        page=(out / "report.html").exists(), how_many=held_out.how_many,
         fps=folders.SOURCE_FPS if args.get("fps", "native") == "native" else f"{args['fps']:g}",
     ).strip()  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from svd_xtend import clips, runs, video
+from svd_xtend import clips, held_out, runs, video
 
 logger = logging.getLogger("svd_xtend")
 
@@ -63,8 +63,9 @@ def few(found):
 
 
 def beside(args):
-    """{name: (fps, the picture to animate or None, its true continuation or None)} of each validation image."""
-    told = {}
+    """({name: (fps, the picture to animate or None, its true continuation or None)} of each validation image, paths of those that
+    cannot be read any more)."""
+    told, gone = {}, []
     for path, own in zip(args.get("validation_image") or [], args.get("validation") or []):
         size, image, true = (args["width"], args["height"], args["resize_mode"]), None, None
         try:
@@ -74,8 +75,9 @@ def beside(args):
                 true = [Image.fromarray(frame) for frame in clip.read(own["frames"], *size)]
         except (ValueError, OSError) as error:  # it has gone since
             logger.warning("%s; the page leaves it out", error)
+            gone.append(path)
         told[video.clip_name(path)] = own["fps"], image, true
-    return told
+    return told, gone
 
 
 def readable(file):
@@ -101,8 +103,9 @@ def sheet(frames, width, quality):
 
 
 def players(output_dir, args):
-    """What the page plays: {steps, clips: [{name, fps, init, truth, steps: sheets}], left_out: files that are not shown}."""
-    everything, told = rendered(output_dir), beside(args)
+    """What the page plays: {steps, clips: [{name, fps, init, truth, steps: sheets}], left_out: files that are not shown,
+    gone: pictures that are not where they were}."""
+    everything, (told, gone) = rendered(output_dir), beside(args)
     found = few(everything)
     last = [frames for files in found.values() if files and (frames := readable(files[max(files)]))]
     sheets = sum(map(len, found.values())) + 2 * len(found)
@@ -123,7 +126,7 @@ def players(output_dir, args):
     left_out = sum(map(len, everything.values())) - sum(
         map(bool, (sheet for clip in shown for sheet in clip["steps"]))
     )
-    return {"steps": steps, "clips": shown, "left_out": left_out}
+    return {"steps": steps, "clips": shown, "left_out": left_out, "gone": gone}
 
 
 def weight(shown, steps):
@@ -154,6 +157,7 @@ def svg(title, draw, least=None):
         ax.patch.set_visible(False)
         draw(ax)
         ax.set_ylim(bottom=least)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -189,7 +193,7 @@ def draw_loss(ax, metrics):
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.plot(*binned(steps, losses), color=COLORS["blue"], lw=0.8, alpha=0.35)
+    ax.plot(*binned(steps, losses), color=COLORS["blue"], lw=0.8, alpha=0.35 if len(steps) >= 40 else 1)
     if len(steps) >= 40:
         ax.plot(*binned(steps, losses, 20), color=COLORS["blue"], lw=2, label=f"means of {len(steps) / 20:.0f} steps")
 
@@ -228,22 +232,25 @@ def trained_rows(held):
     return [row.get("ema", row["raw"]) for row in held]
 
 
-def verdict(held):
+def verdict(held, args):
     """(good, bad or open, a sentence): did it learn?"""
-    if len(held) < 2:
+    if len(held) < 2 and not (args.get("validation_folder") or args.get("validation_ratio")):
         return (
             "open",
             "Whether it learned is not known: pass --validation_folder or --validation_ratio to hold clips out.",
         )
+    if len(held) < 2:
+        told = "there was no validation since the start" if args.get("validation_steps") else "--validation_steps=0"
+        return "open", f"Whether it learned is not known yet: clips are held out, but {told}."
     row = trained_rows(held)[-1]
     mean, low, high = row["difference"]
     share = f"{abs(mean) / np.mean(row['base']):.1%} {'below' if mean < 0 else 'above'} that of the start"
-    where = f"On {row['clips']} clips that nothing was trained on the loss is {share}"
-    if low is None:
-        return "open", f"{where}; one clip cannot tell whether that is more than chance."
-    ends = f"by {mean:+.3g}, 95 % interval {low:+.3g} to {high:+.3g}"
-    if mean == low == high == 0:
+    where = f"On {held_out.how_many(row['clips'], row.get('films'))} that nothing was trained on the loss is {share}"
+    ends = f"by {mean:+.3g}, 95 % interval {low:+.3g} to {high:+.3g}" if low is not None else ""
+    if not any(map(any, (row["difference"], *row["by_sigma"]))):
         return "open", "Nothing was learned: on the held-out clips the loss is exactly that of the start."
+    if low is None:
+        return "open", f"{where}; one film cannot tell whether that is more than chance."
     if high < 0:
         return "good", f"It learned. {where} ({ends})."
     if low > 0:
@@ -283,24 +290,27 @@ def spent(metrics):
 # ---------------------------------------------------------------------------------------------------------------- write
 
 
-def evaluation_of(folder):
-    """What evaluate_svd.py measured, or None where it did not, or where training went on since."""
-    file = folder / "evaluation" / "evaluation.json"
-    trained = max((f.stat().st_mtime for f in folder.glob("checkpoint-*/progress.json")), default=0)
-    return json.loads(file.read_text()) if file.exists() and file.stat().st_mtime >= trained else None
+def read_json(file, otherwise=None):
+    """What a file holds. Raises ValueError with its path where it is damaged."""
+    try:
+        return json.loads(file.read_text()) if file.is_file() else otherwise
+    except ValueError as error:
+        raise ValueError(f"{file}: is damaged ({error}); remove it, or make it anew") from error
 
 
 def told_by_files(output_dir):
-    """What the files of a run say of it, as they are. Raises ValueError where there are none."""
+    """What the files of a run say of it, as they are. Raises ValueError where there are none, or one is damaged."""
     folder = Path(output_dir)
-    if not (folder / "args.json").is_file():
+    args = read_json(folder / "args.json")
+    if args is None:
         raise ValueError(f"{folder}: holds no args.json; pass the --output_dir of a run")
     metrics, held, motion = (runs.rows_of(folder / f"{name}.jsonl") for name in ("metrics", "held_out", "motion"))
-    kind, sentence = verdict(held)
+    held, starts = held_out.comparable(held), runs.starts(folder)
+    kind, sentence = verdict(held, args)
     return {
-        "args": json.loads((folder / "args.json").read_text()), "metrics": metrics, "held": trained_rows(held)[-1] if len(held) > 1 else None,
-        "held_rows": held, "motion": motion, "kind": kind, "verdict": sentence, "evaluation": evaluation_of(folder),
-        "start": (runs.starts(folder) or [None])[-1],
+        "args": args, "metrics": metrics, "held_rows": held, "held": trained_rows(held)[-1] if len(held) > 1 else None,
+        "held_step": held[-1]["step"] if held else None, "motion": motion, "kind": kind, "verdict": sentence,
+        "evaluation": read_json(folder / "evaluation" / "evaluation.json"), "start": (starts or [None])[-1], "starts": len(starts),
     }  # fmt: skip
 
 
@@ -318,7 +328,7 @@ def contents(folder):
         k: short(v) for k, v in args.items() if k not in ("hub_token", "validation") and v not in (None, [], False)
     }
     return {
-        **told, "name": folder.resolve().name, "facts": facts, "start": start, "players": players(folder, args), "flags": flags,
+        **told, "how_many": held_out.how_many, "name": folder.resolve().name, "facts": facts, "start": start, "players": players(folder, args), "flags": flags,
         "plots": plots(metrics, told["held_rows"], told["motion"]), "motion_png": picture(folder / "motion.png"),
     }  # fmt: skip
 

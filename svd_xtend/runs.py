@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from svd_xtend import clips, folders, motion
+from svd_xtend import clips, folders, motion, video
 
 logger = logging.getLogger("svd_xtend")
 
@@ -262,7 +262,8 @@ def device_name(device):
 SHAPED_BY = ("rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer")  # must agree on resuming
 BELONGS_TO = (
     "pretrained_model_name_or_path", "pretrain_unet", "base_folder", "folder_weights", "fps", "source_fps",
-    "motion_bucket_id", "buckets", "image_ratio", "validation_ratio", "width", "height", "P_mean", "P_std",
+    "motion_bucket_id", "buckets", "image_ratio", "validation_ratio", "validation_folder",
+    "validation_clips", "validation_seed", "width", "height", "P_mean", "P_std",
 )  # fmt: skip
 
 
@@ -407,6 +408,13 @@ def settle_validation(args, data, held=None):
     if not args.validation_image:
         first = (held or data)[0]
         args.validation_image = [str(first.path / first.files[0] if first.files else first.path)]
+    named = {}
+    for path in args.validation_image:
+        other = named.setdefault(video.clip_name(path), path)
+        if other != path:
+            raise ValueError(
+                f"--validation_image {path}: its videos would have the names of {other}'s; rename its folder, or it"
+            )
     fps = folders.SOURCE_FPS if args.fps == "native" else args.fps
     roots = [*args.base_folder, *(args.validation_folder or [])]
     for path in args.validation_image:

@@ -166,7 +166,7 @@ def test_an_evaluation_says_of_the_held_out_loss_what_the_run_said(kind, tuned, 
     """Of a run's result, which is its averages; of its last checkpoint; and of that one's averages. Nothing is rendered here."""
     said, out = {}, tuned(kind)
     monkeypatch.setattr(evaluate_svd, "render", lambda *_: [])
-    monkeypatch.setattr(evaluate_svd, "write", lambda args, sigmas, losses, *_: said.update(losses, sigma=sigmas))
+    monkeypatch.setattr(evaluate_svd, "write", lambda args, held, losses, *_: said.update(losses, sigma=held.sigmas))
     row = json.loads((out / "held_out.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 2 and row["raw"]["loss"] != row["ema"]["loss"]
     cases = [([out], "ema"), ([out / "checkpoint-2"], "raw"), ([out / "checkpoint-2", "--ema"], "ema")]
@@ -258,12 +258,14 @@ def test_a_lora_that_changes_nothing_makes_no_difference_at_all(untrained, apart
         assert line["difference"] == [0, 0, 0] and line["tuned"] == line["base"], line
     assert table["psnr"]["truth"] is None and table["motion"]["still"] == 0 < table["motion"]["truth"]
     assert table["box_iou"]["truth"] > table["box_iou"]["still"] and table["first_frame_psnr"]["still"] == 100
-    assert [Path(clip["clip"].split(" from ")[0]).name for clip in told["by_clip"]] == ["roam0000", "roam0002"]
+    assert len({clip["clip"] for clip in told["by_clip"]}) == told["clips"] == told["films"] == 2
     printed = capsys.readouterr().out
-    assert "tuned - base (95 %)" in printed and "2 held-out clips, 2 frames of 64x48" in printed
+    assert "tuned - base (95 %)" in printed and "2 clips held out, 2 frames of 64x48" in printed
     assert told["left_out"].keys() == {"lpips", "fvd"}
-    for text in told["left_out"].values():  # before hours are spent, and at the end
-        assert printed.count(text) == 2 and "download https://" in text
+    for text, why in zip(
+        told["left_out"].values(), ("download https://", "takes 9 frames or more, these clips have 2")
+    ):
+        assert printed.count(text) == 2 and why in text  # before hours are spent, and at the end
     assert pages == [untrained]
     for name in ("figures.png", "comparison.png", "comparison.gif"):
         assert (untrained / "evaluation" / name).stat().st_size > 1000
@@ -279,7 +281,7 @@ def test_the_base_alone_has_no_tuned_beside_it(apart, tmp_path, capsys):
 def test_networks_that_are_at_hand_are_asked(monkeypatch, untrained, apart, tmp_path):
     """A stand-in for I3D whose features are a clip's means: FVD of equal sets is 0, of the still it is not."""
     means = {"fvd": lambda frames: frames.mean((1, 2, 3)).astype(float), "lpips": lambda made, true: np.arange(2.0)}
-    monkeypatch.setattr(evaluate_svd, "networks", lambda: (means, {}))
+    monkeypatch.setattr(evaluate_svd, "networks", lambda *_: (means, {}))
     args = f"--validation_folder={apart}", *SIZE, *QUICK, "--num_clips=2", f"--output_dir={tmp_path}"
     table = {line["name"]: line for line in evaluate("--tuned", untrained, *args)["metrics"]}
     assert table["fvd"]["base"] == table["fvd"]["tuned"] > 0 and table["fvd"]["still"] > 0
@@ -299,8 +301,19 @@ def test_windows_are_first_ones_or_where_clips_are_few_all_that_do_not_overlap(t
     def found(count):
         return [(clip.path.name[-1], start) for clip, start in evaluate_svd.windows(data, count)]
 
-    assert found(1) == [("0", 0)] and found(2) == [("0", 0), ("1", 0)]
+    one, other = (
+        data.clips[next(data.order.choices(i))].path.name[-1] for i in range(2)
+    )  # as the held-out loss has them
+    assert found(1) == [(one, 0)] and found(2) == [(one, 0), (other, 0)]
     assert found(3) == [("0", 0), ("1", 0), ("1", 6)] and found(9) == [("0", 0), ("0", 6), ("1", 0), ("1", 6)]
+
+
+def test_windows_of_one_film_are_told_from_films(untrained, tmp_path):
+    """Two of each of two clips: four windows, two witnesses."""
+    shapes.write_clips(tmp_path / "long", "roam", 2, num_frames=4)
+    flags = [f"--validation_folder={tmp_path / 'long'}", *SIZE, *QUICK, "--num_clips=4", f"--output_dir={tmp_path}"]
+    told = evaluate("--tuned", untrained, *flags)
+    assert (told["clips"], told["films"], told["held_out"]["clips"]) == (4, 2, 2)
 
 
 def test_clips_that_train_may_be_shorter_than_what_is_measured(tuned, tmp_path):
@@ -318,9 +331,45 @@ def test_a_clip_that_cannot_be_read_is_left_out(apart, tmp_path, caplog):
     assert told["clips"] == len(told["by_clip"]) == 2 and "001.png: cannot be read as a picture" in caplog.text
 
 
-def test_clips_that_it_was_trained_on_are_pointed_out(tuned, clips, caplog):
-    settle("--tuned", tuned("lora"), f"--validation_folder={clips}")
-    assert f"--validation_folder {clips}: --tuned was trained on these clips" in caplog.text
+def test_clips_that_it_was_trained_on_are_refused(tuned, clips):
+    args = settle("--tuned", tuned("lora"), f"--validation_folder={clips}")
+    with pytest.raises(ValueError, match=f"^--validation_folder: {clips}/.* is among the clips that train"):
+        evaluate_svd.clips_of(args, PartialState(cpu=True))
+
+
+def test_where_the_clips_that_trained_have_gone_it_says_what_follows(tuned, apart, tmp_path, caplog):
+    out = shutil.copytree(tuned("lora"), tmp_path / "out")
+    told = json.loads((out / "args.json").read_text())
+    (out / "args.json").write_text(json.dumps({**told, "base_folder": [str(tmp_path / "gone")]}))
+    args = settle("--tuned", out)
+    assert "motion_bucket_id is by rank among the held-out clips" in caplog.text
+    assert len(evaluate_svd.clips_of(args, PartialState(cpu=True))) == 3
+    (out / "args.json").write_text(
+        json.dumps(
+            {**told, "base_folder": [str(tmp_path / "gone")], "validation_folder": None, "validation_ratio": 0.2}
+        )
+    )
+    with pytest.raises(
+        ValueError, match=f"^--validation_folder {tmp_path}/gone: no such folder; --tuned {out} has held out"
+    ):
+        settle("--tuned", out)
+
+
+def test_an_evaluation_of_a_checkpoint_lies_beside_it_and_tells_its_step(tuned):
+    """Not in it: --checkpoints_total_limit deletes it; nor in the place of the final one's, which the page shows."""
+    out = tuned("lora")
+    for flags, name in (([], "checkpoint-2"), (["--ema"], "checkpoint-2-ema")):
+        assert settle("--tuned", out / "checkpoint-2", *flags).output_dir == str(out / "evaluation" / name)
+    assert settle("--tuned", out).output_dir == str(out / "evaluation")
+    assert evaluate_svd.step_of(out / "checkpoint-2") == evaluate_svd.step_of(out) == 2
+    assert evaluate_svd.step_of(None) is None
+
+
+def test_a_run_without_an_end_names_its_checkpoint(tuned, apart, tmp_path):
+    out = shutil.copytree(tuned("lora"), tmp_path / "out")
+    (out / lora.FILE_NAME).unlink()
+    with pytest.raises(ValueError, match=f"^--tuned {out}: holds nothing .* at its end; pass {out}/checkpoint-2"):
+        loaded(True, out)
 
 
 # --------------------------------------------------------------------------------------------------------------- protocol

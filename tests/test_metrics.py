@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
-from svd_xtend import metrics, shapes
+from svd_xtend import held_out, metrics, shapes
 from svd_xtend.tracklets import Tracklets
 
 
@@ -239,7 +239,7 @@ def rows_of(name, **columns):
     """Rows of clips of which one figure is known."""
     count = len(next(iter(columns.values())))
     figures = [{c: {name: values[i]} for c, values in columns.items()} for i in range(count)]
-    return [{"figures": one, "features": dict.fromkeys(columns)} for one in figures]
+    return [{"film": i, "figures": one, "features": dict.fromkeys(columns)} for i, one in enumerate(figures)]
 
 
 def test_a_metric_is_better_up_down_or_nearer_to_the_truth():
@@ -280,3 +280,12 @@ def test_fvd_is_in_the_table_where_there_are_features(rng):
     assert fvd["name"] == "fvd" and fvd["truth"] is None and fvd["difference"] is None
     assert fvd["tuned"] == metrics.frechet(features["tuned"], features["truth"])
     assert metrics.table_of(rows[:1])[-1]["name"] == "psnr"  # one clip has no covariance
+
+
+def test_windows_of_one_film_are_one_witness():
+    """Their mean: two films of two windows each have an interval of two, not of four."""
+    rows = rows_of("psnr", base=[20, 20, 30, 30], tuned=[21, 23, 34, 36])
+    for row, film in zip(rows, "aabb"):
+        row["film"] = film
+    (line,) = metrics.table_of(rows)
+    assert line["difference"] == held_out.interval([2, 5]) and (line["base"], line["tuned"]) == (25, 28.5)

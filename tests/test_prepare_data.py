@@ -211,7 +211,7 @@ def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, h
     clips = {n for n in train | held if n.startswith(("film", "a.mp4"))}
     assert len(clips) == 13 and not train & held - {"metadata.jsonl"}
     assert not {n[:5] for n in train if n.startswith("film")} & {n[:5] for n in held if n.startswith("film")}
-    assert 3 <= sum(n.startswith(("film", "a.mp4")) for n in held) <= 6
+    assert 0 < sum(n.startswith(("film", "a.mp4")) for n in held) < 13
     (side,) = (part for part in ("train", "held_out") if (tmp_path / "out" / part / "a.mp4").exists())
     assert (tmp_path / "out" / side / "a.txt").read_text() == "a caption"
     assert folders.read_metadata(tmp_path / "out" / side)["a.mp4"]["fps"] == 5
@@ -221,11 +221,12 @@ def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, h
         call("split", root, tmp_path / "out")
 
 
-def test_what_is_held_out_stays_held_out_when_clips_come():
+def test_what_trained_is_never_held_out_when_clips_come():
     few = {f"film{i}": ["x"] for i in range(40)}
     more = {**few, **{f"new{i}": ["x"] for i in range(40)}}
-    assert held_out.choose(few, 0.2, 0) <= held_out.choose(more, 0.4, 0)
-    assert len(held_out.choose(few, 0.2, 0)) == 8
+    for seed in range(20):
+        before, after = held_out.choose(few, 0.2, seed), held_out.choose(more, 0.2, seed)
+        assert before == after & few.keys() and 0 < len(before) < 20
     assert held_out.choose(few, 0.2, 0) != held_out.choose(few, 0.2, 1)
 
 

@@ -160,6 +160,27 @@ def test_one_scrubber_moves_every_player_to_the_same_frame(folder, look, clips):
         assert page.locator("#frame_told").inner_text() == f"{f + 1} of 8"
 
 
+def test_clips_of_two_rates_play_side_by_side_in_time(folder, tmp_path, look):
+    """The slower one holds its frames; the picture that it began with has gone, and is named."""
+    out, path = tmp_path / "out", tmp_path / "slow.png"
+    shutil.copytree(folder, out)
+    args, name = json.loads((out / "args.json").read_text()), video.clip_name(path)
+    for step in STEPS:
+        video.write_clip(out / "validation" / f"step{step:06d}_{name}", [flat(step, f) for f in range(4)], 3.5)
+    args["validation"].append({**args["validation"][0], "fps": 3.5})
+    args["validation_image"].append(str(path))
+    (out / "args.json").write_text(json.dumps(args))
+    report.write(out)
+    page = look(out)
+    page.locator("#play").click()
+    page.locator("#frame").evaluate("(e) => { e.value = 5; e.dispatchEvent(new Event('input')); }")
+    labels = page.locator("canvas").evaluate_all("(all) => all.map((c) => c.ariaLabel)")
+    assert page.locator("#frame_told").inner_text() == "6 of 8"
+    for clip, f in (("fall0000_000", 5), (name, 2)):
+        assert near(color(page, labels.index(f"{clip}, before")), flat(0, f).getpixel((0, 0)))
+    assert str(path) in page.locator(".note").first.inner_text()
+
+
 def test_the_slider_goes_through_all_validations(folder, look):
     page = look(folder)
     page.locator("#play").click()
@@ -249,19 +270,34 @@ def test_the_page_tells_what_the_files_tell(folder, look):
         ((0.2, 0.1, 0.3), "bad", "It got worse"),
         ((-0.1, -0.3, 0.1), "open", "Not told apart"),
         ((0.0, 0.0, 0.0), "open", "exactly that of the start"),
-        ((-0.2, None, None), "open", "one clip cannot tell"),
+        ((-0.2, None, None), "open", "one film cannot tell"),
     ],
 )
 def test_the_verdict_follows_from_the_interval(ends, kind, said):
-    row = {"raw": {"clips": 4, "base": [1.0, 3.0], "difference": list(ends)}}
-    assert report.verdict([row, row])[0] == kind and said in report.verdict([row, row])[1]
+    row = {"raw": {"clips": 4, "films": 3, "base": [1.0, 3.0], "difference": list(ends), "by_sigma": [list(ends)]}}
+    assert report.verdict([row, row], {})[0] == kind and said in report.verdict([row, row], {})[1]
 
 
 def test_the_verdict_is_of_what_is_exported():
     """The moving averages, where there are any."""
-    learned, not_yet = ({"clips": 4, "base": [2.0], "difference": d} for d in ([-1, -2, -0.5], [0.1, -1, 1]))
+    learned, not_yet = (
+        {"clips": 4, "base": [2.0], "difference": d, "by_sigma": [d]} for d in ([-1, -2, -0.5], [0.1, -1, 1])
+    )
     row = {"raw": learned, "ema": not_yet}
-    assert report.verdict([row, row])[0] == "open"
+    assert report.verdict([row, row], {})[0] == "open"
+
+
+def test_where_nothing_was_measured_the_page_says_why():
+    assert "pass --validation_folder" in report.verdict([], {})[1]
+    held = {"validation_ratio": 0.2, "validation_steps": 500}
+    assert "no validation since the start" in report.verdict([{"raw": {}}], held)[1]
+    assert "--validation_steps=0" in report.verdict([], {**held, "validation_steps": 0})[1]
+
+
+def test_rows_of_another_set_of_clips_are_left_out():
+    """As where a run went on with other --validation_clips."""
+    rows = [{"step": s, "raw": {"base": base}} for s, base in ((0, [1.0]), (10, [2.0]), (20, [1.0]))]
+    assert [row["step"] for row in held_out.comparable(rows)] == [0, 20]
 
 
 def test_what_a_run_does_not_have_its_page_leaves_out(tmp_path, look):

@@ -443,3 +443,13 @@ def test_gradients_are_averaged_across_two_processes_and_equal_one_with_twice_th
     seen = [(tmp_path / f"{w}/seen-{r}.txt").read_text() for w, r in ((2, 0), (2, 1), (1, 0))]
     assert seen == ["[[0]]", "[[1]]", "[[0, 1]]"]
     assert [p.name for p in find_checkpoints(tmp_path / "2")] == ["checkpoint-1"]
+
+
+def test_validation_images_of_one_name_are_refused(run, clips, tmp_path):
+    """The videos of one would be written over those of the other."""
+    paths = [tmp_path / side / "a" / "000.png" for side in "xy"]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_bytes((clips / "fall0000" / "000.png").read_bytes())
+    with pytest.raises(ValueError, match=f"^--validation_image {paths[1]}: .*{paths[0]}'s"):
+        run("--max_train_steps=1", "--validation_steps=1", "--validation_image", *map(str, paths))
