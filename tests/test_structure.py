@@ -170,7 +170,7 @@ def test_every_readme_command_runs(
         command += (
             f" --width=64 --height=48 --num_frames=8 --num_clips=1 --num_inference_steps=1 --output_dir={tmp_path}"
         )
-        command += f" --validation_folder={clips}" * ("validation_folder" not in command)
+        command += f" --validation_folder={boxed_clips}" * ("validation_folder" not in command)
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
         told = done.stdout.endswith("PASS\n") if "--parity" in command else (tmp_path / "evaluation.json").is_file()
         assert done.returncode == 0 and told, done.stdout + done.stderr
