@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 with sync_playwright() as p:
     browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-    page = browser.new_page(viewport={"width": 1000, "height": 690}, reduced_motion="reduce")
+    page = browser.new_page(viewport={"width": 1000, "height": 750}, reduced_motion="reduce")
     page.goto(Path(sys.argv[1], "report.html").resolve().as_uri())
     page.evaluate("frame.value = 6; frame.oninput()")
     page.wait_for_timeout(500)  # pictures are decoded
