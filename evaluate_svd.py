@@ -12,7 +12,6 @@ share the clips. Next: svd_xtend/held_out.py, svd_xtend/metrics.py.
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from datetime import timedelta
@@ -41,7 +40,6 @@ PARITY = dict(width=128, height=64)  # which does not depend on the size
 # clips and boxes as they are, but for what a run was told
 PLAIN = dict(draw_boxes="no", soft_boxes=0.0, box_dropout=0.0)
 SHOWN = 4  # clips in the comparison
-BOXES = "tracklet_weights.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------------- what is compared
@@ -67,22 +65,18 @@ def settle(flags):
     args |= {name: value for name, value in run.items() if name not in ("output_dir", "validation_image")}
     args |= {"num_clips": args["validation_clips"], **PROTOCOLS.get(flags.protocol, PARITY if flags.parity else {})}
     args |= {name: value for name, value in vars(flags).items() if value is not None or name not in args}
-    args["box_control"] = "stage" in run or bool(flags.tuned and Path(flags.tuned, BOXES).is_file())
+    args["box_control"] = "stage" in run or bool(flags.tuned and Path(flags.tuned, checkpoints.BOXES).is_file())
     for name, value in zip(("P_mean", "P_std"), train_svd.default_P(args["width"], args["height"])):
         args[name] = value if args[name] is None else args[name]
     args["mixed_precision"] = precision(flags.mixed_precision, run.get("mixed_precision"))
     args["validation_ratio"] = 0.0 if flags.validation_folder else args["validation_ratio"]
-    args["trained_with"], gone = (
-        (run.get("num_frames"), run.get("fps")),
-        [f for f in args["base_folder"] if not Path(f).is_dir()],
-    )
+    args["trained_with"] = run.get("num_frames"), run.get("fps")
+    gone = [folder for folder in args["base_folder"] if not Path(folder).is_dir()]
     if args["validation_folder"] and (gone or not run):
         args["base_folder"], args["trained_with"] = args["validation_folder"], (None, None)
         if gone and run and args["motion_bucket_id"] == "auto":
-            logger.warning(
-                "--base_folder %s of the run is not here: motion_bucket_id is by rank among the held-out clips",
-                gone[0],
-            )
+            told = "--base_folder %s of the run is not here: motion_bucket_id is by rank among the held-out clips"
+            logger.warning(told, gone[0])
     args |= dict(latent_cache=None, folder_weights=None, image_ratio=0.0, per_gpu_batch_size=1)
     args |= dict(validation_clips=args["num_clips"], validation_steps=1)
     args["output_dir"] = flags.output_dir or str(evaluation_folder(flags.tuned, flags.ema))
@@ -103,7 +97,7 @@ def step_of(tuned):
     """How many steps a checkpoint, or what a run wrote at its end, was trained; None where that is not known."""
     if tuned and Path(tuned, checkpoints.TRAINED).is_file():
         return checkpoints.read_progress(tuned)["step"]
-    rows = runs.rows_of(Path(tuned or "", "metrics.jsonl")) if tuned else []
+    rows = runs.rows_of(Path(tuned, "metrics.jsonl")) if tuned else []
     return rows[-1]["step"] if rows else None
 
 
@@ -119,17 +113,9 @@ def precision(asked, trained):
 
 def check(args):
     """Raise where a flag, or what the run of --tuned was told in its place, cannot be."""
-    for name in ("width", "height"):
-        value = getattr(args, name)
-        if value % 8 or value <= 0:
-            raise ValueError(f"--{name} {value}: must be a multiple of 8; try {round(value / 8) * 8 or 8}")
     least = {"num_clips": 1, "num_frames": 2, "num_inference_steps": 1, "decode_chunk_size": 1, "vae_encode_chunk": 1}
-    for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least {value}")
-    for name in ("fps", "source_fps"):
-        if getattr(args, name) not in (None, "native") and not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
+    if wrong := runs.wrong_number(args, least):
+        raise ValueError(wrong)
     if args.ema and not Path(args.tuned or "", checkpoints.TRAINED).is_file():
         raise ValueError("--ema: averages are in checkpoints; pass --tuned .../checkpoint-...")
     if args.parity:
@@ -165,7 +151,9 @@ def tune(unet, args):
         load_lora(unet, folder)
     else:
         there = sorted(folder.glob("checkpoint-*"), key=video.natural_key)
-        advice = f"; pass {there[-1]}" if there else f". Expected unet/, {FILE_NAME}, {BOXES}, or a checkpoint"
+        advice = (
+            f"; pass {there[-1]}" if there else f". Expected unet/, {FILE_NAME}, {checkpoints.BOXES}, or a checkpoint"
+        )
         raise ValueError(f"--tuned {folder}: holds nothing that a trainer writes at its end{advice}")
     return unet
 
@@ -193,11 +181,10 @@ def clips_of(args, process):
     clips that train."""
     boxed = args.box_control or args.tracklets
     held = partial(train_svd_tracklet.TrackletDataset, args) if boxed else train_svd.DummyDataset
+    # first those that train, which may be too short now
     kinds = iter([(train_svd.DummyDataset, args.trained_with), (held, (args.num_frames, args.fps))])
 
-    def dataset(
-        folders, width, height, num_frames, fps, *rest
-    ):  # first of the clips that train, which may be too short now
+    def dataset(folders, width, height, num_frames, fps, *rest):
         kind, (frames, rate) = next(kinds)
         return kind(folders, width, height, frames or num_frames, rate or fps, *rest)
 
@@ -233,12 +220,8 @@ def boxes_of(data, clip, numbers, args):
 def networks(num_frames, process):
     """({name: metric by a published network}, {name: how to get it}), those at hand and those that are not; says what is not."""
     found, left_out = {}, {}
-    for name, find in (("lpips", metrics.lpips), ("fvd", metrics.i3d)):
+    for name, find in (("lpips", metrics.lpips), ("fvd", partial(metrics.i3d, num_frames))):
         try:
-            if name == "fvd" and num_frames < metrics.I3D_FRAMES:
-                raise metrics.Missing(
-                    f"FVD is left out: it takes {metrics.I3D_FRAMES} frames or more, these clips have {num_frames}"
-                )
             found[name] = find()
         except metrics.Missing as missing:
             left_out[name] = str(missing)
@@ -383,10 +366,9 @@ def write(args, held, losses, rows, left_out):
     count = held_out.how_many(told["clips"], told["films"])
     what = f"{count} held out, {args.num_frames} frames of {args.width}x{args.height}"
     runs.write_whole(out / "evaluation.json", json.dumps(told, indent=1, default=str))
+    model = Path(args.tuned or args.pretrained_model_name_or_path).name
     with runs.writing(out):
-        metrics.draw(
-            out / "figures.png", row, rows, f"{Path(args.tuned or args.pretrained_model_name_or_path).name}: {what}"
-        )
+        metrics.draw(out / "figures.png", row, rows, f"{model}: {what}")
         if some := [shown(r) for r in rows if r["frames"]]:
             video.write_comparison(out / "comparison", some, rows[0]["fps"])
     if args.tuned and out.name == "evaluation" and (out.parent / "report.html").is_file():

@@ -327,18 +327,18 @@ def load_data(args, dataset, accelerator):
     with accelerator.main_process_first():  # it lists the folder, the others read the list
         ensure_demo(folders)
         data = dataset(
-            held_out.part(folders, ratio, held=False) if ratio else folders, *size, *told, args.seed, args.latent_cache,
+            held_out.part(folders, ratio) if ratio else folders, *size, *told, args.seed, args.latent_cache,
             args.folder_weights, args.source_fps, step, args.image_ratio, args.per_gpu_batch_size * accelerator.num_processes,
         )  # fmt: skip
         if args.validation_steps and (apart or ratio):
-            apart = held_out.part(folders, ratio, held=True) if ratio else apart
+            apart = held_out.others(data.clips.listings) if ratio else apart
             with held_out.found_in("--validation_ratio" if ratio else "--validation_folder"):
                 held = dataset(apart, *size, *told, args.validation_seed, None, None, args.source_fps, step)
     processes.check_same("--base_folder", data.clips.digest())
     if held:
         processes.check_same("--validation_folder", held.clips.digest())
         # the same list: an evaluation that does not have the clips that trained
-        held_out.settle(held, data, args.validation_seed, apart=ratio or apart is folders)
+        held_out.settle(held, data, args.validation_seed, check=not (ratio or apart is folders))
     return data, held
 
 
@@ -557,14 +557,10 @@ def build_parser(description=__doc__, **defaults):
 def parse(parser, argv=None):
     """Parse and check what can be checked before anything is loaded."""
     args = parser.parse_args(argv)
-    for flag in ("width", "height"):
-        if getattr(args, flag) % 8 or getattr(args, flag) <= 0:
-            near = round(getattr(args, flag) / 8) * 8 or 8
-            parser.error(f"--{flag} {getattr(args, flag)}: must be a multiple of 8; try {near}")
-    for flag in ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk",
-                 "validation_clips", "decode_chunk_size", "num_frames", "rank"):  # fmt: skip
-        if getattr(args, flag, None) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    counts = ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk", "validation_clips",
+              "decode_chunk_size", "num_frames", "rank")  # fmt: skip
+    if wrong := runs.wrong_number(args, dict.fromkeys(counts, 1)):
+        parser.error(wrong)
     if args.offload_activations and args.gradient_checkpointing not in ("blocks", "nested"):
         parser.error(
             "--offload_activations: pass --gradient_checkpointing blocks or nested, too; else it moves far too much"
@@ -576,9 +572,6 @@ def parse(parser, argv=None):
         parser.error(f"--conditioning_dropout_prob {p}: one number up to 1/3, or three whose sum is at most 1")
     if args.folder_weights and (len(args.folder_weights) != len(args.base_folder) or min(args.folder_weights) <= 0):
         parser.error(f"--folder_weights: one above 0 for each --base_folder, which are {len(args.base_folder)}")
-    for flag in ("fps", "source_fps"):
-        if getattr(args, flag) not in (None, "native") and not 0 < getattr(args, flag) < math.inf:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be above 0")
     for flag in ("image_ratio", "validation_ratio"):
         if not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: from 0 to less than 1")

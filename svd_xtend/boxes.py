@@ -29,7 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-FILE_NAME = "tracklet_weights.safetensors"
+from svd_xtend.checkpoints import BOXES as FILE_NAME
+
 FREQUENCIES = 8  # Boximator, Sec. 4.1: cos and sin of x 100^(k / 8), k = 0 .. 7
 SHARPNESS = 10  # a tenth of the picture away from its side is clearly inside or outside a box
 POOL = 4  # points on each side of a box, whose mean is its appearance

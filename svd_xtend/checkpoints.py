@@ -24,6 +24,7 @@ from svd_xtend import fast_unet, processes
 logger = logging.getLogger("svd_xtend")
 
 TRAINED, EMA, STATE, PROGRESS = "trained.safetensors", "ema.safetensors", "state.pt", "progress.json"
+BOXES = "tracklet_weights.safetensors"  # of svd_xtend/boxes.py, whose import takes seconds
 
 
 # ----------------------------------------------------------------------------------------------------------- load SVD

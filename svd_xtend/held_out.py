@@ -11,6 +11,7 @@ noise levels and noise are fixed, so that most of what varies is in both losses,
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -32,11 +33,11 @@ CONFIDENCE = 0.95
 # ---------------------------------------------------------------------------------------------------------- which clips
 
 
-def film_of(path, kind=None):
+def film_of(path, ask=True):
     """What must not be on both sides of a split, and is one witness, not several: the video that the clip at this path was
-    extracted from, else the clip. kind: folders.FRAMES where it has a clip.json to ask; None: not known."""
+    extracted from, else the clip. ask: its clip.json, if there is one."""
     name = Path(path).name
-    if kind is None or kind == folders.FRAMES:
+    if ask:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             name = json.loads(Path(path, "clip.json").read_text())["source"] or name
     return re.sub(r"_scene\d+$", "", Path(name).stem if decode.is_video(name) else Path(name).name)
@@ -46,8 +47,8 @@ def sources_of(listing):
     """{source: numbers of its clips}, pictures left out."""
     sources = {}
     for i in np.flatnonzero(listing.arrays["kinds"] != folders.STILL).tolist():
-        kind = listing.arrays["kinds"][i] if listing.arrays["jsons"][i] else folders.FILE
-        sources.setdefault(film_of(listing.root / listing.name(i), kind), []).append(i)
+        ask = listing.arrays["kinds"][i] == folders.FRAMES and bool(listing.arrays["jsons"][i])
+        sources.setdefault(film_of(listing.root / listing.name(i), ask), []).append(i)
     return sources
 
 
@@ -62,8 +63,8 @@ def choose(sources, fraction, seed=0, parts=None):
     return {name for name in may if key(name) < fraction} or set(sorted(may, key=key)[:1])
 
 
-def part(roots, fraction, held):
-    """Listings of base folders' clips: those that train, of each folder, or those that are held out, of each that has some."""
+def part(roots, fraction):
+    """Listings of base folders' clips that train, the others held out."""
     listings, sources = [folders.Listing(root) for root in roots], {}
     parts = [sources_of(listing) for listing in listings]
     for k, own in enumerate(parts):
@@ -74,25 +75,32 @@ def part(roots, fraction, held):
         names = " ".join(map(str, roots))
         raise ValueError(f"--validation_ratio: {names} holds {len(sources)} video(s); it takes two, not of one film")
     for listing in listings:
-        listing.used = np.full(len(listing.arrays["kinds"]), not held)
-    for k, i in (place for name in chosen for place in sources[name]):
-        listings[k].used[i] = held
-    if held:
-        count = sum(len(sources[name]) for name in chosen)
-        logger.info("%d of %d clips are held out", count, sum(map(len, sources.values())))
-    return [listing for listing in listings if not held or listing.used.any()]
+        listing.used = np.ones(len(listing.arrays["kinds"]), bool)
+    places = [place for name in chosen for place in sources[name]]
+    for k, i in places:
+        listings[k].used[i] = False
+    logger.info("%d of %d clips are held out", len(places), sum(map(len, sources.values())))
+    return listings
 
 
-def settle(held, data, seed, apart):
-    """Of a data set of clips held out: raise where one of them, or what it links to, is among those that train, unless they are
-    `apart` or meant to be the same; motion buckets by rank among these; and each clip once, in an order by seed."""
-    paths = {} if apart else {(clip := held.clips[int(i)]).path.resolve(): clip.path for i in order.some(held.clips)}
+def others(listings):
+    """What `part` has held out, of each folder that has some: the same Listings, not looked into again."""
+    copies = [copy.copy(listing) for listing in listings]
+    for listing in copies:
+        listing.used = ~listing.used
+    return [listing for listing in copies if listing.used.any()]
+
+
+def settle(held, data, seed, check):
+    """Of a data set of clips held out: raise, if asked to check, where one of them, or what it links to, is among those that train;
+    motion buckets by rank among these; and each clip once, in an order by seed."""
+    some = order.some(held.clips) if check else ()
+    paths = {(clip := held.clips[int(i)]).path.resolve(): clip.path for i in some}
     for listing, kept in zip(data.clips.listings, data.clips.kept):
         root = listing.root.resolve()
         own = {path.name: told for path, told in paths.items() if path.parent == root}
-        both = own.keys() & {listing.name(i) for i in kept.tolist()} if own else ()
-        for name in both:
-            raise ValueError(f"--validation_folder: {own[name]} is among the clips that train; hold out others")
+        if both := own.keys() & {listing.name(i) for i in kept.tolist()} if own else ():
+            raise ValueError(f"--validation_folder: {own[min(both)]} is among the clips that train; hold out others")
     held.clips.rank_among(data.clips)
     held.order = order.Order([(range(len(held)), 1)], seed)
 
@@ -226,12 +234,18 @@ def how_many(clips, films=None):
     return f"{one} of {other}" if films and films != clips else one
 
 
+def with_ends(difference, what=""):
+    """(mean, low, high) of interval in words; "" of None. what: said of the ends."""
+    mean, low, high = difference or (None, None, None)
+    ends = "" if low is None else f" ({what}{low:+.3g} to {high:+.3g})"
+    return "" if mean is None else f"{mean:+.3g}{ends}"
+
+
 def told(row, base="the start"):
     """A comparison in words. base: what the other model is."""
-    mean, low, high = row["difference"]
-    ends = f" (95 %: {low:+.3g} to {high:+.3g})" if low is not None else ""
+    difference = with_ends(row["difference"], "95 %: ")
     loss, other = np.mean(row["loss"]), np.mean(row["base"])
-    return f"{loss:.4g}, that of {base} {other:.4g}: {mean:+.3g}{ends} on {how_many(row['clips'], row['films'])}"
+    return f"{loss:.4g}, that of {base} {other:.4g}: {difference} on {how_many(row['clips'], row['films'])}"
 
 
 def curves(row, name):

@@ -180,12 +180,15 @@ def lpips():
     return distance
 
 
-def i3d():
+def i3d(num_frames=I3D_FRAMES):
     """A function of a clip: the features (400,) of which FVD is made, as StyleGAN-V has them (Skorokhodov et al. 2022): I3D in
-    TorchScript, a short side of 224, cropped to a square. Raises Missing where the network is not at hand."""
+    TorchScript, a short side of 224, cropped to a square. Raises Missing where the network is not at hand, or clips of that many
+    frames are too short for it."""
     import torch
     from torch.nn.functional import interpolate
 
+    if num_frames < I3D_FRAMES:
+        raise Missing(f"FVD is left out: it takes {I3D_FRAMES} frames or more, these clips have {num_frames}")
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "svd_xtend", I3D)
     if not file.is_file():
         raise Missing(f"FVD is left out: download {I3D_SOURCE} to {file}")
@@ -262,10 +265,8 @@ def in_words(table):
     lines = [("", *columns, *last)]
     for line in table:
         cells = ["" if line[c] is None else f"{line[c]:.4g}" for c in columns]
-        mean, low, high = line["difference"] or (None, None, None)
-        ends = f" ({low:+.3g} to {high:+.3g})" if low is not None else ""
-        away = " in distance to the truth" * (line["better"] == "truth")
-        told = "" if mean is None else f"{mean:+.3g}{ends}{away}"
+        told = held_out.with_ends(line["difference"])
+        told += " in distance to the truth" * bool(told and line["better"] == "truth")
         lines.append((line["label"], *cells, *[told, line["verdict"]][: len(last)]))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -7,7 +7,7 @@ text("outputs/lora", "me/lora")     the card, by model_card_template.md
 import re
 from pathlib import Path
 
-from svd_xtend import folders, held_out, report, runs
+from svd_xtend import checkpoints, folders, held_out, lora, report, runs
 
 BEGINS, ENDS = "<!-- SVD Xtend writes what follows anew with each push -->", "<!-- until here -->"
 TAGS = ("stable-video-diffusion", "image-to-video")
@@ -29,7 +29,7 @@ def push_to_hub(args):
         base_model=None if Path(base).exists() else base,  # the Hub refuses a card that names a folder there
     )  # fmt: skip
     card.text = re.sub(f"{BEGINS}.*{ENDS}", lambda _: told, card.text, flags=re.S)  # where it is of an earlier push
-    card.text = re.sub("#### How to use\n+```python\n# TODO.*\n```\n+", "", card.text)  # which the template asks for
+    card.text = re.sub("#### How to use\n+```python\n# TODO.*\n```\n+", "", card.text)  # diffusers' own placeholder
     tags = [tag for tag in TAGS if tag not in (card.data.tags or [])]
     populate_model_card(card, tags).save(Path(args.output_dir, "README.md"))
     upload_folder(repo_id=repo, folder_path=args.output_dir, token=args.hub_token, ignore_patterns=LEFT_OUT)
@@ -40,7 +40,7 @@ def text(output_dir, repo=None):
     out, told = Path(output_dir), report.told_by_files(output_dir)
     args, repo = told["args"], repo or out.resolve().name
     base = str(args["pretrained_model_name_or_path"])
-    files = {"lora": "pytorch_lora_weights.safetensors", "boxes": "tracklet_weights.safetensors"}
+    files = {"lora": lora.FILE_NAME, "boxes": checkpoints.BOXES}
     found = {kind: f'hf_hub_download("{repo}", "{name}")' for kind, name in files.items() if (out / name).exists()}
     if "boxes" in found and args.get("lora"):  # which lies under the boxes as it is
         found["lora"] = f'"{args["lora"]}"'

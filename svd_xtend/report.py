@@ -123,10 +123,8 @@ def players(output_dir, args):
         steps = [*steps[:-1:2], steps[-1]]
     for clip in shown:
         clip["steps"] = [clip["steps"].get(step) for step in steps]
-    left_out = sum(map(len, everything.values())) - sum(
-        map(bool, (sheet for clip in shown for sheet in clip["steps"]))
-    )
-    return {"steps": steps, "clips": shown, "left_out": left_out, "gone": gone}
+    count, played = sum(map(len, everything.values())), sum(bool(sheet) for clip in shown for sheet in clip["steps"])
+    return {"steps": steps, "clips": shown, "left_out": count - played, "gone": gone}
 
 
 def weight(shown, steps):
@@ -235,10 +233,8 @@ def trained_rows(held):
 def verdict(held, args):
     """(good, bad or open, a sentence): did it learn?"""
     if len(held) < 2 and not (args.get("validation_folder") or args.get("validation_ratio")):
-        return (
-            "open",
-            "Whether it learned is not known: pass --validation_folder or --validation_ratio to hold clips out.",
-        )
+        told = "pass --validation_folder or --validation_ratio to hold clips out"
+        return "open", f"Whether it learned is not known: {told}."
     if len(held) < 2:
         told = "there was no validation since the start" if args.get("validation_steps") else "--validation_steps=0"
         return "open", f"Whether it learned is not known yet: clips are held out, but {told}."
@@ -254,20 +250,13 @@ def verdict(held, args):
     if high < 0:
         return "good", f"It learned. {where} ({ends})."
     if low > 0:
-        return (
-            "bad",
-            f"It got worse. {where} ({ends}). Train for fewer steps, on more clips, or at a lower learning rate.",
-        )
+        advice = "Train for fewer steps, on more clips, or at a lower learning rate"
+        return "bad", f"It got worse. {where} ({ends}). {advice}."
     return "open", f"Not told apart from its start. {where}, but {ends} holds 0."
 
 
 def number(value):
     return "" if value is None else f"{value:.4g}"
-
-
-def with_ends(difference):
-    mean, low, high = difference or (None, None, None)
-    return "" if mean is None else f"{mean:+.3g}" + (f" ({low:+.3g} to {high:+.3g})" if low is not None else "")
 
 
 def short(value):
@@ -278,22 +267,18 @@ def short(value):
 def spent(metrics):
     """Time of all steps, in words."""
     seconds = sum(row["s/step"] for row in metrics)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # ---------------------------------------------------------------------------------------------------------------- write
 
 
-def read_json(file, otherwise=None):
-    """What a file holds. Raises ValueError with its path where it is damaged."""
+def read_json(file):
+    """What a file holds, None where it is not there. Raises ValueError with its path where it is damaged."""
     try:
-        return json.loads(file.read_text()) if file.is_file() else otherwise
+        return json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
         raise ValueError(f"{file}: is damaged ({error}); remove it, or make it anew") from error
 
@@ -344,7 +329,7 @@ def template(name):
 
     found = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=found, autoescape=name.endswith("html"), trim_blocks=True)
-    pages.filters |= {"number": number, "with_ends": with_ends}
+    pages.filters |= {"number": number, "with_ends": held_out.with_ends}
     return pages.get_template(name)
 
 

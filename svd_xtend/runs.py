@@ -142,6 +142,22 @@ def number_or(word):
     return number
 
 
+def wrong_number(args, least):
+    """What is wrong with a size, with one of {flag: its least value}, or with a rate, as an error; None where nothing is."""
+    for flag in ("width", "height"):
+        value = getattr(args, flag)
+        if value % 8 or value <= 0:
+            return f"--{flag} {value}: must be a multiple of 8; try {round(value / 8) * 8 or 8}"
+    for flag, bound in least.items():
+        value = getattr(args, flag, None)
+        if value is not None and value < bound:
+            return f"--{flag} {value}: must be at least {bound}"
+    for flag in ("fps", "source_fps"):
+        value = getattr(args, flag)
+        if value not in (None, "native") and not 0 < value < math.inf:
+            return f"--{flag} {value}: must be above 0"
+
+
 # ------------------------------------------------------------------------------------------------- what a run was told
 
 
@@ -457,18 +473,18 @@ def log_validation(accelerator, args, step, rendered, held=None):
         row, shown = motion.compare(step, rows)
         write_row(Path(args.output_dir, "motion.jsonl"), row)
         accelerator.log(shown, step=step)
-    stems = {name: Path(args.output_dir, "validation", f"step{step:06d}_{name}") for name, *_ in rendered}
-    log_videos(accelerator, step, {f"validation/{name}": stem for name, stem in stems.items()})
+    folder = Path(args.output_dir, "validation")
+    log_videos(accelerator, step, {f"validation/{name}": folder / f"step{step:06d}_{name}" for name, *_ in rendered})
 
 
 def log_videos(accelerator, step, stems):
-    """Hand what video.write_clip or write_comparison wrote to the trackers, as videos. stems: {tag: path without its suffix}."""
+    """Hand what video.write_clip wrote to the trackers, as videos. stems: {tag: path without its suffix}."""
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
             import wandb
 
-            files = {tag: f"{s}.mp4" if Path(f"{s}.mp4").exists() else f"{s}.gif" for tag, s in stems.items()}
-            tracker.log({tag: wandb.Video(file, caption=Path(file).stem) for tag, file in files.items()}, step=step)
+            videos = {tag: wandb.Video(f"{stem}.mp4", caption=stem.name) for tag, stem in stems.items()}
+            tracker.log(videos, step=step)
         elif tracker.name == "tensorboard":
             for tag, stem in stems.items():
                 # not add_image or add_video, which encode anew: a picture that stands still, or with moviepy

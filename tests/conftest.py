@@ -99,6 +99,12 @@ def run(clips, boxed_clips, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="module")
+def kept():
+    """What the tests of a file share: runs that are made once, when first asked for."""
+    return {}
+
+
 @pytest.fixture
 def optimizers(monkeypatch):
     """The torch optimizers that runs in this process make, in a list."""

@@ -62,11 +62,6 @@ def apart(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def kept():
-    return {}
-
-
 @pytest.fixture
 def tuned(kept, run, apart, tmp_path_factory):
     """tuned(kind): folder of a run of RUNS, made once; where it validates it told its held-out loss."""

@@ -49,11 +49,6 @@ def apart(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def kept():
-    return {}
-
-
 @pytest.fixture
 def tuned(kept, run, apart, tmp_path_factory):
     """Folder of a LoRA run of four steps, made once; it is looked at after none, two and four."""
