@@ -247,6 +247,10 @@ def command(accelerator, args):
         launcher += ["--cpu"] * (os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
         engine = {"FSDP": "fsdp2.yaml", "DEEPSPEED": "deepspeed_zero2.yaml"}.get(accelerator.distributed_type.value)
         launcher += ["--config_file", from_here(ROOT / "configs" / "accelerate" / engine)] if engine else []
+    if (
+        accelerator.distributed_type.value == "MULTI_CPU"
+    ):  # where accelerate launch would run one process, without a word
+        launcher = ["ACCELERATE_USE_CPU=true", "torchrun", f"--nproc_per_node={accelerator.num_processes}"]
     return shlex.join([*launcher, *words])
 
 

@@ -303,6 +303,8 @@ def test_a_command_tells_the_launcher_that_ran(outside):
     rest = "train_svd.py --seed=3 --mixed_precision=bf16"
     assert runs.command(processes(1), SETTLED) == f"python {rest}"
     assert runs.command(processes(2, "MULTI_GPU"), SETTLED) == f"accelerate launch --num_processes 2 {rest}"
+    of_cpus = f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2 {rest}"
+    assert runs.command(processes(2, "MULTI_CPU"), SETTLED) == of_cpus
     file = "configs/accelerate/fsdp2.yaml"
     assert f"--num_processes 8 --config_file {file} " in runs.command(processes(8, "FSDP"), SETTLED)
     outside.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
