@@ -319,7 +319,8 @@ def compare(args):
     process = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
     if process.num_processes > 1:
         processes.fail_together(process.process_index)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32 or args.mixed_precision != "no"
     if process.is_main_process:
         print(f"precision {args.mixed_precision}, {process.device}, {process.num_processes} process(es)", flush=True)
     data, held, losses, rows = None, None, {}, {}

@@ -85,16 +85,19 @@ def make_pipe(args, device):
         )
 
 
-def make_unet(stock, how, args, optimizers):
+def make_unet(stock, how, args, optimizers, device):
     """A copy of the stock UNet, on the same weights where a variant leaves them as they are, made to train as it does; and its
     optimizer, which those on the same trained weights share."""
     half = DTYPES[args.precision]
-    shared = args.method == "lora" or (args.precision == "no" and how["optimizer"] == "adamw")
-    unet = copy.deepcopy(stock, {id(p): p for p in stock.parameters()} if shared else {})
+    shared = args.method != "full" or (args.precision == "no" and how["optimizer"] == "adamw")
+    unet = copy.deepcopy(stock, {id(p): p for p in stock.parameters()} if shared else {}).to(device)
     unet.requires_grad_(False)
     if how["fast"]:
         fast_unet.speed_up(unet)
-    if args.method == "lora":
+    model = unet
+    if args.method == "boxes":
+        model = memory.KINDS["boxes"](unet, args)
+    elif args.method == "lora":
         inject_lora(unet, 16, 16, ["attention"])
         for module in unet.modules() if not how["fast"] else []:
             if hasattr(module, "lora_A"):
@@ -102,23 +105,24 @@ def make_unet(stock, how, args, optimizers):
     else:
         train_svd.select_parameters(unet, SimpleNamespace(train_params=[]))
     master = getattr(torch, runs.OPTIMIZERS[how["optimizer"]][0])
-    for p in unet.parameters():
+    model.to(device)
+    for p in model.parameters():
         p.data = p.data.to(master if p.requires_grad else half)
     if how["compile"]:
         fast_unet.compile_blocks(unet)
     if how["policy"] == "diffusers":
         unet.enable_gradient_checkpointing()
     else:
-        fast_unet.checkpoint(unet, how["policy"])
+        fast_unet.checkpoint(model, how["policy"])
     if not how["autocast"] and half != torch.float32:
         fast_unet.cast_inputs(unet, half)
-        fast_unet.compute_in(unet, half)
-    trained = checkpoints.trainable_parameters(unet)
+        fast_unet.compute_in(model, half)
+    trained = checkpoints.trainable_parameters(model)
     told = SimpleNamespace(optimizer=how["optimizer"], mixed_precision=args.precision, learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999,
                            adam_weight_decay=0.01, adam_epsilon=None, seed=0)  # fmt: skip
     key = id(next(iter(trained.values()))), how["optimizer"]
     optimizers[key] = optimizers.get(key) or runs.make_optimizer(trained, told)
-    return unet.train(), optimizers[key]
+    return model.train(), optimizers[key]
 
 
 class Clock:
@@ -154,7 +158,7 @@ def one_step(variant, pipe, batch, args, device):
     inputs = torch.cat([latents, image_latents[:, None].expand_as(latents)], dim=2)
     with torch.autocast(device.type, DTYPES[args.precision], enabled=how["autocast"] and args.precision != "no"):
         forward = fast_unet.offloaded(unet, unet) if how["offload"] else unet
-        loss = (forward(inputs, noise.normal(), embeds, ids).sample.float() - latents).square().mean()
+        loss = (forward(inputs, noise.normal(), embeds, ids, **batch["cond"]).sample.float() - latents).square().mean()
     clock.lap("forward")
     loss.backward()
     clock.lap("backward")
@@ -167,9 +171,15 @@ def one_step(variant, pipe, batch, args, device):
 def make_batch(pipe, args, device, scale):
     """Random frames with what a cache holds of them."""
     b, f, h, w = args.batch_size, args.num_frames, args.height, args.width
+    cond = {}
+    if args.method == "boxes":
+        corner = torch.rand(b, 1, 8, 2, device=device) / 2
+        boxes = torch.cat([corner, corner + 0.3], -1).expand(b, f, 8, 4)
+        there = torch.ones(b, f, 8, device=device)
+        cond = {"boxes": boxes, "valid": there, "hard": there, "colors": torch.rand(b, 8, 3, device=device)}
     pixels = torch.rand(b, f, 3, h, w, device=device) * 2 - 1
     return {
-        "pixel_values": pixels, "noise": train_svd.SampleNoise(0, torch.arange(b), device),
+        "cond": cond, "pixel_values": pixels, "noise": train_svd.SampleNoise(0, torch.arange(b), device),
         "moments": torch.rand(b, 2, f, 4, h // scale, w // scale, device=device),
         "image_embeds": torch.randn(b, 1, pipe.image_encoder.config.projection_dim, device=device),
         "told": (torch.full((b,), 7, device=device), torch.full((b,), 127, device=device)),
@@ -179,7 +189,7 @@ def make_batch(pipe, args, device, scale):
 def measure(names, pipe, stock, args, device, batch):
     """{variant: {phases: medians of seconds, seconds: of each round, peak}} of variants that run in turn."""
     optimizers = {}
-    made = {name: (*make_unet(stock, VARIANTS[name], args, optimizers), VARIANTS[name]) for name in names}
+    made = {name: (*make_unet(stock, VARIANTS[name], args, optimizers, device), VARIANTS[name]) for name in names}
     rows = {name: {"rounds": [], "peak_GiB": None} for name in names}
     for i in range(args.rounds + 1):
         for name, variant in made.items():
@@ -215,17 +225,24 @@ def main(args):
     torch.manual_seed(0)
     pipe = make_pipe(args, device)
     half = DTYPES[args.precision]
-    stock = pipe.unet.to(device, half if args.method == "lora" else None).requires_grad_(False)
+    # where each variant has weights of its own the stock ones wait on the CPU: they would be in every peak
+    place, dtype = (device, half) if args.method != "full" else ("cpu", None)
+    stock = pipe.unet.to(place, dtype).requires_grad_(False)
+    del pipe.unet
     for module in (pipe.vae, pipe.image_encoder):
         module.requires_grad_(False).to(device, half)
     batch = make_batch(pipe, args, device, 4 if args.model == "tiny" else 8)
     names, rows = chosen(args, device), {}
+    report = Report(device, args)
     for group in [[name] for name in names] if device.type == "cuda" else [names]:
-        rows |= measure(group, pipe, stock, args, device, batch)
+        measured = measure(group, pipe, stock, args, device, batch)
+        rows |= measured
+        for name in measured:
+            report.add(name, measured[name], rows[names[0]])
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    report(rows, device, args)
+    print(json.dumps(report.document))
 
 
 def data_seconds(args):
@@ -251,61 +268,89 @@ def data_seconds(args):
 
 
 def model_tflop(args):
-    """TFLOP of a step that recomputes nothing, of SVD's own size; None of others."""
+    """TFLOP of a step that recomputes nothing, of SVD's own size; None of others. Counting takes a minute: counts of before are
+    in step_tflop.json."""
     sys.path.insert(0, str(Path(__file__).parent))
     from count_step import count_flops
 
     if args.model != "full":
         return None
-    return args.batch_size * count_flops(args.method, "none", args.width, args.height, args.num_frames)[1] / 1e12
+    file = Path(__file__).with_name("step_tflop.json")
+    known = json.loads(file.read_text()) if file.exists() else {}
+    key = f"{args.method} {args.width}x{args.height}x{args.num_frames}"
+    if key not in known:
+        known[key] = count_flops(args.method, "none", args.width, args.height, args.num_frames)[1] / 1e12
+        file.write_text(json.dumps(known, indent=1) + "\n")
+    return args.batch_size * known[key]
 
 
 def predicted_peak(name, args):
-    """GiB that the memory model says for a variant of SVD's own size, without VAE and CLIP, or None."""
+    """GiB that estimate_memory.py says torch will have allocated at most, of a variant of SVD's own size, or None."""
+    from estimate_memory import make_job
+
     how = VARIANTS[name]
     if args.model != "full" or not how["fast"]:
         return None
-    tokens = args.batch_size * args.num_frames * (args.width // 8) * (args.height // 8)
-    master = runs.OPTIMIZERS[how["optimizer"]][0]
-    return memory.step_of_table(args.method, how["policy"], how["offload"], tokens, master, args.precision)
+    script = {"lora": "train_svd_lora.py", "full": "train_svd.py", "boxes": "train_svd_tracklet.py"}[args.method]
+    flags = [f"--{flag}={getattr(args, flag)}" for flag in ("width", "height", "num_frames")]
+    flags += [f"--mixed_precision={args.precision}", f"--gradient_checkpointing={how['policy']}", "--validation_steps=0",
+              f"--optimizer={how['optimizer']}", f"--per_gpu_batch_size={args.batch_size}"]  # fmt: skip
+    if how["offload"]:
+        flags.append("--offload_activations")
+    need = make_job(script, flags, exact=False).need()
+    return need.peak if need else None
 
 
-def report(rows, device, args):
-    """A table, then the same as one JSON line."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} {args.method} {args.width}x{args.height}x{args.num_frames} batch {args.batch_size}, {args.precision}, {name}")  # fmt: skip
-    phases = ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
-    first, tflop, data = next(iter(rows)), model_tflop(args), data_seconds(args)
-    peak_tflops = next((t for card, t in PEAK_TFLOPS.items() if card in name), None)
-    print(
-        f"{'':30}{'s/step':>8}{'x faster':>9}"
-        + "".join(f"{p[:9]:>10}" for p in (*phases, "data"))
-        + f"{'peak GiB':>10}{'MFU':>7}"
-    )
-    document = {"device": name, "torch": torch.__version__, **vars(args), "tflop": tflop, "variants": {}}
-    for variant, row in rows.items():
+class Report:
+    """A table whose rows are printed as they are measured, and the same as a JSON document, written with each row."""
+
+    PHASES = ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
+
+    def __init__(self, device, args):
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        title = f"{args.model} {args.method} {args.width}x{args.height}x{args.num_frames} batch {args.batch_size}"
+        print(f"{title}, {args.precision}, {name}")
+        self.args, self.tflop, self.data = args, model_tflop(args), {"live": None, "cached": None}
+        if not args.skip_loading:
+            self.data = data_seconds(args)
+        self.peak_tflops = next((t for card, t in PEAK_TFLOPS.items() if card in name), None)
+        columns = "".join(f"{p[:9]:>10}" for p in (*self.PHASES, "data"))
+        print(f"{'':30}{'s/step':>8}{'x faster':>9}{columns}{'peak GiB':>10}{'predicted':>10}{'MFU':>7}", flush=True)
+        self.document = {"device": name, "torch": torch.__version__, **vars(args), "tflop": self.tflop, "variants": {}}
+
+    def add(self, variant, row, first):
+        """Print and keep a variant's row; `first`: the row that it is compared with."""
+        document = {"peak_GiB": row["peak_GiB"], "predicted_GiB": predicted_peak(variant, self.args)}
+        self.document["variants"][variant] = document
+        predicted = f"{document['predicted_GiB']:10.2f}" if document["predicted_GiB"] else " " * 10
         if not row["rounds"]:
-            print(f"{variant:30}{row['peak_GiB']}")
-            document["variants"][variant] = {"peak_GiB": row["peak_GiB"]}
-            continue
-        totals = [sum(seconds.values()) for seconds in row["rounds"]]
-        base = [sum(seconds.values()) for seconds in rows[first]["rounds"]]
-        told = {"seconds": statistics.median(totals), "peak_GiB": row["peak_GiB"], "predicted_step_GiB": predicted_peak(variant, args)}  # fmt: skip
-        told |= {phase: statistics.median(s[phase] for s in row["rounds"]) for phase in phases}
-        told["data"] = data[VARIANTS[variant]["encode"]]
-        told["x_faster"] = statistics.median(b / a for a, b in zip(totals, base)) if base else None
-        told["mfu"] = tflop / told["seconds"] / peak_tflops if tflop and peak_tflops else None
-        document["variants"][variant] = told
-        print(f"{variant:30}{told['seconds']:8.3f}{told['x_faster'] or float('nan'):9.2f}" + "".join(f"{told[p]:10.3f}" for p in (*phases, "data"))
-              + (f"{told['peak_GiB']:10.2f}" if told["peak_GiB"] else " " * 10) + (f"{told['mfu']:7.1%}" if told["mfu"] else ""))  # fmt: skip
-    print(json.dumps(document))
+            print(f"{variant:30}{row['peak_GiB']}{predicted} predicted", flush=True)
+        else:
+            totals = [sum(seconds.values()) for seconds in row["rounds"]]
+            base = [sum(seconds.values()) for seconds in first["rounds"]]
+            document["seconds"] = statistics.median(totals)
+            document |= {phase: statistics.median(s[phase] for s in row["rounds"]) for phase in self.PHASES}
+            document["data"] = self.data[VARIANTS[variant]["encode"]]
+            document["x_faster"] = statistics.median(b / a for a, b in zip(totals, base)) if base else None
+            mfu = None
+            if self.tflop and self.peak_tflops:
+                mfu = self.tflop / document["seconds"] / self.peak_tflops
+            document["mfu"] = mfu
+            cells = "".join(f"{document[p]:10.3f}" for p in self.PHASES)
+            cells += f"{document['data']:10.3f}" if document["data"] else " " * 10
+            peak = f"{row['peak_GiB']:10.2f}" if row["peak_GiB"] else " " * 10
+            faster = document["x_faster"] or float("nan")
+            print(f"{variant:30}{document['seconds']:8.3f}{faster:9.2f}{cells}{peak}{predicted}"
+                  + (f"{mfu:7.1%}" if mfu else ""), flush=True)  # fmt: skip
+        if self.args.output:
+            Path(self.args.output).write_text(json.dumps(self.document))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     parser.add_argument("--model", choices=["tiny", "half", "full"], default="tiny", help="the embedded SVD, or SVD's layout with random weights, at half its width or whole")
-    parser.add_argument("--method", choices=["full", "lora"], default="full")
+    parser.add_argument("--method", choices=["full", "lora", "boxes"], default="full")
     parser.add_argument("--precision", choices=DTYPES, default="no")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--height", type=int, default=48)
@@ -313,6 +358,8 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure the compiled variants, too: minutes more")
+    parser.add_argument("--skip_loading", action="store_true", help="do not measure what the loader takes")
+    parser.add_argument("--output", help="write the JSON document to this file, too, with each row as it is measured")
     parser.add_argument("--only", nargs="+", help="these variants, by their names in the table")
     # fmt: on
     main(parser.parse_args())

@@ -1,52 +1,138 @@
 #!/usr/bin/env bash
-# The whole matrix on one GPU, within 8 minutes: does every lever run, what does it cost, what does it save. Writes
-# benchmarks/results/<name>/: a JSON document and a table of each measurement, steps.png, checks.txt.
+# Everything that a GPU can show, within LIMIT seconds (480), the most useful first: does it run, is it right, how fast, how much memory.
+# Each result is printed as soon as it is there. JSON documents, tables, logs and steps.png go to benchmarks/results/<device>/, and,
+# where OUT names a folder, packed into $OUT/results.tgz.
 #     bash benchmarks/gpu.sh                  # full-size SVD with random weights: no downloads
 #     SMALL=1 bash benchmarks/gpu.sh          # the embedded SVD: a rehearsal, also on a CPU
+#     ONLY="checks lora" bash benchmarks/gpu.sh      # some of: checks lora_512 lora_1024 trainers kernels full boxes compile torchao
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+command -v python >/dev/null || python() { python3 "$@"; } && export -f python 2>/dev/null || true
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1
 began=$SECONDS
-name=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else 'CPU')")
-out="benchmarks/results/$name${SMALL:+_small}"
-mkdir -p "$out"
+device=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else 'CPU')")
+results="benchmarks/results/$device${SMALL:+_small}"
+runs=$(mktemp -d) # what the trainers write
+trap 'rm -rf "$runs"' EXIT
+mkdir -p "$results/checks"
+: >"$results/checks.txt"
 
 left() { echo $((${LIMIT:-480} - (SECONDS - began))); } # seconds
+limit() { echo $(($(left) < 150 ? $(left) : 150)); } # of one check, which must not take the time of all
+wanted() { [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $1 "* ]]; }
+headline() { echo "=== $* ($((SECONDS - began)) s)"; }
+pack() { [ -z "${OUT:-}" ] || tar czf "$OUT/results.tgz" "$results"; }
 
-check() { # what it is, flags: three steps of the embedded SVD
-    local title=$1
+check() { # title, shell commands: run in the background; a line says whether they ended well
+    local title=$1 commands=$2
+    local log="$results/checks/${title//[^a-zA-Z0-9]/_}.log"
+    (
+        start=$SECONDS
+        if timeout "$(limit)" bash -c "set -eo pipefail; $commands" >"$log" 2>&1 </dev/null; then
+            line="runs    $title, $((SECONDS - start)) s. $(grep -ohE 'memory: at most.*|PASS.*|largest.*' "$log" | tail -1)"
+        else
+            line="FAILS   $title: $(grep -vE '^\s*$|CalledProcessError|Traceback' "$log" | tail -1 | cut -c1-300)"
+        fi
+        echo "$line" | tee -a "$results/checks.txt"
+    ) &
+    jobs_started=$((${jobs_started:-0} + 1))
+    [ $((jobs_started % ${JOBS:-$(nproc)})) -ne 0 ] || wait
+}
+
+measure() { # name, flags of bench_step.py
+    local name=$1
     shift
-    if timeout "$(left)" python train_svd.py --width=64 --height=48 --num_workers=0 --max_train_steps=3 --validation_steps=0 \
-        --resume_from_checkpoint=none --checkpointing_steps=1000 --output_dir="$(mktemp -d)" "$@" >"$out/check.log" 2>&1; then
-        echo "runs    $title: $(grep -o 'memory: at most.*' "$out/check.log")" | tee -a "$out/checks.txt"
-    else
-        echo "FAILS   $title: $(tail -1 "$out/check.log")" | tee -a "$out/checks.txt"
+    [ "$(left)" -gt 20 ] || { echo "no time left for $name"; return; }
+    headline "$name"
+    timeout "$(left)" python benchmarks/bench_step.py --output "$results/$name.json" "$@" 2>"$results/$name.err" |
+        tee "$results/$name.txt" | grep -v '^{' || tail -3 "$results/$name.err"
+    pack
+}
+
+precisions="bf16 fp16"
+if [ "$device" = CPU ]; then precisions=$(python -m svd_xtend.runs); fi
+best=${precisions%% *}
+
+if wanted checks; then
+    headline "checks on the embedded SVD: $precisions"
+    python -m svd_xtend.shapes --base_folder data/demo >/dev/null
+    python -m svd_xtend.shapes --base_folder "$runs/roam" --domain roam --clips 12 >/dev/null
+    tiny="--width=64 --height=48 --num_frames=8 --num_workers=2 --per_gpu_batch_size=2 --num_inference_steps=4 --decode_chunk_size=4"
+    tiny+=" --validation_steps=2 --validation_clips=4 --validation_ratio=0.2 --checkpointing_steps=3 --seed=1"
+    for precision in no $precisions; do
+        check "parity with the stock pipeline, $precision" "python evaluate_svd.py --parity --mixed_precision=$precision --output_dir=$runs/parity_$precision"
+    done
+    for precision in $precisions; do
+        check "full, EMA, resumed, $precision" "
+            run() { python train_svd.py $tiny --use_ema --mixed_precision=$precision --output_dir=$runs/full_$precision \$@; }
+            run --max_train_steps=3; run --max_train_steps=6
+            python evaluate_svd.py --tuned $runs/full_$precision --num_clips=2 --num_inference_steps=4"
+        check "LoRA, resumed, beside one never stopped, $precision" "
+            run() { python train_svd_lora.py $tiny --mixed_precision=$precision \$@; }
+            run --output_dir=$runs/lora_$precision --max_train_steps=3; run --output_dir=$runs/lora_$precision --max_train_steps=6
+            run --output_dir=$runs/lora_again_$precision --max_train_steps=6
+            python benchmarks/compare_weights.py $runs/lora_$precision $runs/lora_again_$precision
+            python infer_svd.py --lora $runs/lora_$precision --image \$(ls data/demo/*/000.png | head -1) --num_inference_steps=4 --output_dir=$runs/infer_$precision"
+        check "boxes, resumed, $precision" "
+            run() { python train_svd_tracklet.py $tiny --base_folder=$runs/roam --mixed_precision=$precision --output_dir=$runs/boxes_$precision \$@; }
+            run --max_train_steps=3; run --max_train_steps=6
+            python infer_svd.py --tracklet_weights $runs/boxes_$precision --tracklets \$(ls $runs/roam/*/tracklets.json | head -1) --image \$(ls $runs/roam/*/000.png | head -1) --num_inference_steps=4 --output_dir=$runs/infer_boxes_$precision"
+    done
+    check "float32" "python train_svd.py $tiny --max_train_steps=3 --mixed_precision=no --output_dir=$runs/float32"
+    check "no precision flag" "python train_svd_lora.py $tiny --max_train_steps=2 --output_dir=$runs/default 2>&1 | tee $runs/default.log; grep precision $runs/default.log"
+    check "LoRA from a latent cache" "
+        python cache_latents.py --base_folder=data/demo --width=64 --height=48 --mixed_precision=$best --latent_cache=$runs/cache
+        python train_svd_lora.py $tiny --latent_cache=$runs/cache --mixed_precision=$best --max_train_steps=3 --output_dir=$runs/cached"
+    check "automatic checkpointing" "python train_svd.py $tiny --max_train_steps=3 --gradient_checkpointing=auto --mixed_precision=$best --output_dir=$runs/auto"
+    check "nested, offload" "python train_svd.py $tiny --max_train_steps=3 --gradient_checkpointing=nested --offload_activations --mixed_precision=$best --output_dir=$runs/nested"
+    if [ "$best" = bf16 ]; then
+        check "FSDP2, one process" "accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_processes 1 train_svd.py $tiny --max_train_steps=3 --mixed_precision=bf16 --output_dir=$runs/fsdp2"
     fi
-}
-
-measure() { # file, flags of bench_step.py
-    local file=$1
-    shift
-    [ "$(left)" -gt 20 ] || { echo "no time left for $file"; return; }
-    timeout "$(left)" python benchmarks/bench_step.py "$@" 2>"$out/$file.err" | tee "$out/$file.txt" | grep -v '^{'
-    tail -1 "$out/$file.txt" | grep '^{' >"$out/$file.json" || { rm "$out/$file.json"; tail -2 "$out/$file.err"; }
-}
-
-: >"$out/checks.txt"
-check "float32" --mixed_precision=no
-[ "$name" = CPU ] || check "fp16" --mixed_precision=fp16
-check "auto checkpointing" --gradient_checkpointing=auto
-[ "$name" = CPU ] || check "nested, offload, bf16" --gradient_checkpointing=nested --offload_activations --mixed_precision=bf16
-if python -c "import torchao" 2>/dev/null; then check "adamw_bf16_sr" --optimizer=adamw_bf16_sr --mixed_precision=bf16 --train_params conv_in; fi
+    if python -c "import torchao" 2>/dev/null; then
+        check "adamw8bit" "python train_svd.py $tiny --max_train_steps=3 --optimizer=adamw8bit --train_params conv_in conv_out --mixed_precision=$best --output_dir=$runs/adamw8bit"
+        if [ "$best" = bf16 ]; then
+            check "adamw_bf16_sr, resumed" "
+                run() { python train_svd.py $tiny --optimizer=adamw_bf16_sr --train_params conv_in conv_out --mixed_precision=bf16 --output_dir=$runs/adamw_bf16_sr \$@; }
+                run --max_train_steps=3; run --max_train_steps=6"
+        fi
+    fi
+    wait
+    pack
+fi
 
 if [ -n "${SMALL:-}" ]; then
-    measure lora_64x48x8 --method lora --rounds 1
-    measure full_64x48x8 --method full --rounds 1
+    wanted lora_512 && measure lora_64x48x8 --method lora --rounds 1
+    wanted full && measure full_64x48x8 --method full --rounds 1 --only original ours
+    wanted boxes && measure boxes_64x48x8 --method boxes --rounds 1 --only original ours
+    wanted kernels && { headline kernels; python benchmarks/bench_kernels.py --small 2>/dev/null | tee "$results/kernels.txt" | grep -v '^{'; }
 else
-    measure lora_512x320x14 --model full --method lora --precision bf16 --width 512 --height 320 --num_frames 14 --rounds 3
-    measure lora_1024x576x25 --model full --method lora --precision bf16 --width 1024 --height 576 --num_frames 25 --rounds 3
-    measure full_512x320x25 --model full --method full --precision bf16 --width 512 --height 320 --num_frames 25 --rounds 3
-    measure lora_512x320x14_compile --model full --method lora --precision bf16 --width 512 --height 320 --num_frames 14 --rounds 3 --compile --only ours "ours, compile"
-    measure lora_1024x576x25_compile --model full --method lora --precision bf16 --width 1024 --height 576 --num_frames 25 --rounds 3 --compile --only "ours, blocks" "ours, blocks, compile"
+    sized() { echo "--model full --precision ${3:-bf16} --rounds 3 --method $1 --width ${2%%x*} --height $(echo "$2" | cut -dx -f2) --num_frames ${2##*x}"; }
+    wanted lora_512 && measure lora_512x320x14 $(sized lora 512x320x14)
+    wanted lora_1024 && measure lora_1024x576x25 $(sized lora 1024x576x25) --skip_loading
+    if wanted trainers && [ "$(left)" -gt 60 ]; then
+        headline "the trainers themselves on a full-size SVD of random weights"
+        python benchmarks/full_size_weights.py "$runs/svd" 2>&1 | tail -1
+        python -m svd_xtend.shapes --base_folder "$runs/long" --domain roam --clips 4 --frames 30 >/dev/null
+        large="--base_folder=$runs/long --source_fps=7 --pretrained_model_name_or_path=$runs/svd --max_train_steps=4 --num_workers=4 --seed=1 --num_inference_steps=2 --decode_chunk_size=4 --validation_steps=1000"
+        JOBS=1
+        check "LoRA 1024x576x25 bf16 nested" "python train_svd_lora.py $large --width=1024 --height=576 --num_frames=25 --mixed_precision=bf16 --gradient_checkpointing=nested --output_dir=$runs/a"
+        wait
+        check "full 512x320x25 bf16 auto" "python train_svd.py $large --width=512 --height=320 --num_frames=25 --mixed_precision=bf16 --gradient_checkpointing=auto --validation_steps=0 --checkpointing_steps=1000 --output_dir=$runs/b"
+        wait
+        rm -rf "$runs/b"
+        pack
+    fi
+    if wanted kernels && [ "$(left)" -gt 20 ]; then
+        headline kernels
+        timeout "$(left)" python benchmarks/bench_kernels.py 2>"$results/kernels.err" | tee "$results/kernels.txt" | grep -v '^{'
+        pack
+    fi
+    wanted full && measure full_512x320x25 $(sized full 512x320x25) --skip_loading --only original "diffusers, its checkpointing" ours "ours, level0" "ours, blocks" "ours, nested"
+    wanted boxes && measure boxes_512x320x14 $(sized boxes 512x320x14) --skip_loading --only original ours "ours, blocks" "ours, nested"
+    wanted compile && measure lora_512x320x14_compile $(sized lora 512x320x14) --skip_loading --compile --only ours "ours, compile"
+    wanted torchao && measure full_512x320x25_bf16 $(sized full 512x320x25) --skip_loading --only "ours, adamw_bf16_sr"
 fi
-python benchmarks/plot_steps.py "$out"
-echo "$((SECONDS - began)) s; look at $out/steps.png"
+wait
+python benchmarks/plot_steps.py "$results" >/dev/null && headline "look at $results/steps.png"
+grep -c FAILS "$results/checks.txt" | sed 's/$/ check(s) failed/'
+pack

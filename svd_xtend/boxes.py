@@ -51,7 +51,8 @@ def pool_boxes(x, boxes, height, width):
     corner, size = boxes[..., :2].float(), (boxes[..., 2:] - boxes[..., :2]).float()
     points = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).flatten(0, 1)
     grid = 2 * (corner[:, :, None] + points * size[:, :, None]) - 1
-    maps = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
+    # contiguous: the CPU's half-precision grid_sample indexes a channels-last map in 16 bits, and reads beyond it
+    maps = rearrange(x, "b (h w) c -> b c h w", h=height, w=width).contiguous()
     samples = nn.functional.grid_sample(maps, grid.to(x.dtype), padding_mode="border", align_corners=False)
     return rearrange(samples.mean(-1), "b c n -> b n c")
 

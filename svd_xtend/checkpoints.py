@@ -323,7 +323,7 @@ class Saver:
         import torch
         from safetensors.torch import load_file
 
-        named, state = trainable_parameters(self.unet), torch.load(folder / STATE, mmap=True, weights_only=True)
+        named, state = trainable_parameters(self.unet), torch.load(folder / STATE, map_location="cpu", mmap=True, weights_only=True)
         if set(load_trained(self.unet, folder / TRAINED)) != named.keys() or bool(self.ema) != (folder / EMA).exists():
             raise ValueError(
                 f"--resume_from_checkpoint {folder}: does not hold what this run trains. Give the flags that it was "

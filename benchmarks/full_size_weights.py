@@ -1,0 +1,66 @@
+"""Write an SVD with random weights in the exact layout of stable-video-diffusion-img2vid: 4.2 GB, no download.
+
+    python benchmarks/full_size_weights.py /tmp/svd_random         # fp16 files only, as the Hub's fp16 variant
+
+Losses and pictures mean nothing; memory, seconds and file sizes are those of the real model.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+
+def write_weights(folder: Path, device: torch.device) -> None:
+    """Make the pipeline on `device`, in half precision, and save it as safetensors of the fp16 variant."""
+    from diffusers import (
+        AutoencoderKLTemporalDecoder,
+        EulerDiscreteScheduler,
+        StableVideoDiffusionPipeline,
+        UNetSpatioTemporalConditionModel,
+    )
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vit_h = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        projection_dim=1024,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNetSpatioTemporalConditionModel().half()
+        vae = AutoencoderKLTemporalDecoder(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=768,
+            force_upcast=True,
+        ).half()
+        clip = CLIPVisionModelWithProjection(vit_h).half()
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        interpolation_type="linear",
+        prediction_type="v_prediction",
+        sigma_max=700.0,
+        sigma_min=0.002,
+        steps_offset=1,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    pipe = StableVideoDiffusionPipeline(vae, clip, unet, scheduler, CLIPImageProcessor())
+    pipe.save_pretrained(folder, variant="fp16")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    write_weights(args.folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"wrote {args.folder}")
