@@ -14,10 +14,12 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from svd_xtend import cache, fast_unet, processes, runs
-from svd_xtend.order import Clips
-from svd_xtend.shapes import ensure_demo
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.data import latent_cache
+from svd_xtend.data.sampler import ClipCollection
+from svd_xtend.demo.synthetic_clips import ensure_demo
+from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.models import precision
+from svd_xtend.training import distributed
 from train_svd import base_folder, embed_image
 
 logger = logging.getLogger("svd_xtend")
@@ -32,7 +34,9 @@ def encode(pipe, clip, args, device):
     try:
         reads = clip.parts(*clip.size, args.resize_mode, args.vae_encode_chunk)
         for frames in ahead(reads, args.num_workers if clip.files else 1):
-            pixel_values = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixel_values = (
+                torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            )
             with torch.no_grad():
                 posterior = pipe.vae.encode(pixel_values.to(pipe.vae.dtype)).latent_dist
             parts["mean"].append(posterior.mean.cpu())
@@ -62,27 +66,33 @@ def start(args):
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    from svd_xtend.checkpoints import load_svd, pixel_step, place_encoders
+    from svd_xtend.models.loading import load_svd, move_encoders, pixel_step
 
     accelerator = Accelerator(
-        mixed_precision=runs.check_precision(args.mixed_precision),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],  # who is done waits for the others
+        mixed_precision=precision.check_precision(args.mixed_precision),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=24))
+        ],  # who is done waits for the others
     )
     if accelerator.num_processes > 1:
-        processes.fail_together(accelerator.process_index)
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+        distributed.fail_together(accelerator.process_index)
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s"
+    )
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
         step = args.buckets and pixel_step(args.pretrained_model_name_or_path, args.revision)
-        clips = Clips(args.base_folder, 1, "native", 0, size=(args.width, args.height), buckets=step)
-    cache.check_names(args.latent_cache, clips)
+        clips = ClipCollection(
+            args.base_folder, 1, "native", 0, size=(args.width, args.height), buckets=step
+        )
+    latent_cache.check_cache_names(args.latent_cache, clips)
     pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)
     how = accelerator.mixed_precision, args.width, args.height, args.resize_mode
-    if Path(args.latent_cache, cache.INFO).exists():
-        cache.check(args.latent_cache, pipe, *how)
-    description = cache.describe(pipe, *how)
-    half = fast_unet.dtype_of(accelerator.mixed_precision)
-    place_encoders(pipe, half, accelerator.device)
+    if Path(args.latent_cache, latent_cache.DESCRIPTION_FILE).exists():
+        latent_cache.check_cache(args.latent_cache, pipe, *how)
+    description = latent_cache.describe_cache(pipe, *how)
+    half = precision.compute_dtype(accelerator.mixed_precision)
+    move_encoders(pipe, half, accelerator.device)
     return accelerator, pipe, clips, description
 
 
@@ -92,22 +102,29 @@ def main(args):
 
     accelerator, pipe, clips, description = start(args)
     folder, count = Path(args.latent_cache), accelerator.num_processes
-    missing = [i for i, clip in enumerate(clips) if not cache.is_fresh(folder, clip)]
+    missing = [i for i, clip in enumerate(clips) if not latent_cache.is_cache_fresh(folder, clip)]
     accelerator.wait_for_everyone()  # all must have counted before one begins to write
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    values = 8 * (args.width // scale) * (args.height // scale) + pipe.image_encoder.config.projection_dim
+    values = (
+        8 * (args.width // scale) * (args.height // scale)
+        + pipe.image_encoder.config.projection_dim
+    )
     need = sum(len(clips[i]) for i in missing) * values * pipe.vae.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     logger.info("%d videos, %d to do: %.2f GB, %.1f GB free, %d process(es)", len(clips), len(missing), need / 1e9, free / 1e9, count)  # fmt: skip
     if need > free:
-        raise ValueError(f"--latent_cache {folder}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        raise ValueError(
+            f"--latent_cache {folder}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
     if accelerator.is_main_process:
-        cache.write_description(folder, description)
+        latent_cache.write_cache_description(folder, description)
     own = sorted(missing, key=lambda i: len(clips[i]))[accelerator.process_index :: count]
     for i in tqdm(own, desc="caching", disable=not accelerator.is_main_process):
-        digest = cache.digest_of(clips[i])
-        cache.write(folder, clips[i], digest, encode(pipe, clips[i], args, accelerator.device))
+        digest = latent_cache.clip_digest(clips[i])
+        latent_cache.write_cached_clip(
+            folder, clips[i], digest, encode(pipe, clips[i], args, accelerator.device)
+        )
     accelerator.wait_for_everyone()
     logger.info("done: train with --latent_cache=%s", folder)
     accelerator.end_training()
@@ -115,7 +132,9 @@ def main(args):
 
 def build_parser():
     """Flags: what is encoded, by what, where to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # fmt: off
     parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD; by default the embedded one")
     parser.add_argument("--revision", help="Hub revision of it")

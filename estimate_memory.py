@@ -20,13 +20,16 @@ from pathlib import Path
 import train_svd
 import train_svd_lora
 import train_svd_tracklet
-from svd_xtend import memory, runs
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.training import memory_estimate, optimizers
 
 logger = logging.getLogger("svd_xtend")
 
 TRAINERS = {  # script: how it reads its flags, what it trains
-    "train_svd.py": (lambda argv: train_svd.parse(train_svd.build_parser(), argv), train_svd.select_parameters),
+    "train_svd.py": (
+        lambda argv: train_svd.parse(train_svd.build_parser(), argv),
+        train_svd.select_parameters,
+    ),
     "train_svd_lora.py": (
         lambda argv: train_svd.parse(train_svd_lora.script_parser(), argv),
         train_svd_lora.add_lora,
@@ -56,29 +59,51 @@ def kind_of(script, args):
         return None if args.train_params else "full"
     if script == "train_svd_lora.py":
         return "lora" if args.lora_targets == ["attention"] and not args.use_dora else None
-    known = (args.enhancer, args.max_objects, args.lora) == ("carry", 8, None) and not args.train_params
+    known = (args.enhancer, args.max_objects, args.lora) == (
+        "carry",
+        8,
+        None,
+    ) and not args.train_params
     return "boxes" if known else None
 
 
 def job_by_counting(args, config, folder, prepare):
     """The Job of what is not in the table: everything about it is counted."""
     from diffusers import AutoencoderKLTemporalDecoder
-    from torch._subclasses.fake_tensor import FakeTensorMode  # private, but torch's own way to run without data
+    from torch._subclasses.fake_tensor import (
+        FakeTensorMode,  # private, but torch's own way to run without data
+    )
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     def size(module, trained=False):
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
-    encoders, scale = (memory.VAE, memory.VAE_ENCODER, memory.CLIP), 8
+    encoders, scale = (
+        (
+            memory_estimate.VAE_PARAMETERS,
+            memory_estimate.VAE_ENCODER_PARAMETERS,
+            memory_estimate.CLIP_PARAMETERS,
+        ),
+        8,
+    )
     with FakeTensorMode():
-        _, model = memory.fake_model(config or memory.svd_config(), prepare, args, "none")
+        _, model = memory_estimate.make_fake_model(
+            config or memory_estimate.svd_config(), prepare, args, "none"
+        )
         if config:
-            vae = AutoencoderKLTemporalDecoder.from_config(json.loads((folder / "vae" / "config.json").read_text()))
-            clip = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder / "image_encoder"))
-            encoders, scale = (size(vae), size(vae.encoder), size(clip)), 2 ** (len(vae.config.block_out_channels) - 1)
-    return memory.Job(
+            vae = AutoencoderKLTemporalDecoder.from_config(
+                json.loads((folder / "vae" / "config.json").read_text())
+            )
+            clip = CLIPVisionModelWithProjection(
+                CLIPVisionConfig.from_pretrained(folder / "image_encoder")
+            )
+            encoders, scale = (
+                (size(vae), size(vae.encoder), size(clip)),
+                2 ** (len(vae.config.block_out_channels) - 1),
+            )
+    return memory_estimate.TrainingJob(
         args, None, size(model, trained=True), size(model),
-        cache(lambda *how: memory.count_step(config or memory.svd_config(), prepare, args, *how, scale)[1]), scale,
+        cache(lambda *how: memory_estimate.count_step_memory(config or memory_estimate.svd_config(), prepare, args, *how, scale)[1]), scale,
         encoders,
     )  # fmt: skip
 
@@ -89,18 +114,28 @@ def make_job(script, argv, exact):
     args = parse(argv)
     config, folder = read_config(args)
     args.num_frames = args.num_frames or (config or {}).get("num_frames", 25)
-    if config and tuple(config["block_out_channels"]) == memory.LEVELS:
+    if config and tuple(config["block_out_channels"]) == memory_estimate.SVD_CHANNELS:
         config = None
     if args.gradient_checkpointing == "auto":
-        args.gradient_checkpointing = "none"  # where it starts from; what a card needs more is told card by card
-    args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    runs.check_optimizer(args)
+        args.gradient_checkpointing = (
+            "none"  # where it starts from; what a card needs more is told card by card
+        )
+    args.mixed_precision = args.mixed_precision or os.environ.get(
+        "ACCELERATE_MIXED_PRECISION", "no"
+    )
+    optimizers.check_optimizer(args)
     kind = kind_of(script, args)
     if config or exact or not kind:
         logger.info("counting, some seconds for each way to recompute ...")
         return job_by_counting(args, config, folder, prepare)
-    trained = {"full": memory.LIVE, "lora": memory.LORA_RANK_1 * getattr(args, "rank", 0), "boxes": memory.BOXES}[kind]
-    job = memory.Job(args, kind, trained, memory.ALL + trained * (kind != "full"))
+    trained = {
+        "full": memory_estimate.TRAINABLE_PARAMETERS,
+        "lora": memory_estimate.LORA_PARAMETERS_PER_RANK * getattr(args, "rank", 0),
+        "boxes": memory_estimate.BOX_CONTROL_PARAMETERS,
+    }[kind]
+    job = memory_estimate.TrainingJob(
+        args, kind, trained, memory_estimate.UNET_PARAMETERS + trained * (kind != "full")
+    )
     if job.changed(gradient_checkpointing="none", offload_activations=False).step() is None:
         return job_by_counting(args, config, folder, prepare)
     return job
@@ -112,15 +147,17 @@ def report(script, job):
     print(f"{script} {a.width}x{a.height} x {a.num_frames} frames x {a.per_gpu_batch_size}, precision {a.mixed_precision}: "
           f"{job.trained / 1e6:.1f} of {job.parameters / 1e6:.1f} M parameters train. Predicted, not measured.\n")  # fmt: skip
     if a.mixed_precision == "no":
-        print("All of it in float32; --mixed_precision bf16, or fp16 before Ampere, takes about half.\n")
+        print(
+            "All of it in float32; --mixed_precision bf16, or fp16 before Ampere, takes about half.\n"
+        )
     for component, gib, remark in need.rows():
         print(f"{component:16}{gib:8.2f} GiB   {remark}")
     print("\non a card of     it fits")
-    for card in memory.CARDS:
-        found = memory.fit(job, card * memory.USABLE)
+    for card in memory_estimate.CARD_SIZES:
+        found = memory_estimate.fit_to_budget(job, card * memory_estimate.USABLE_FRACTION)
         told = "no, with no lever" if found is None else "as it is"
         if found and found[0]:
-            told = f"with {memory.spelled(found[0])}: {found[1].total:.1f} GiB"
+            told = f"with {memory_estimate.format_flags(found[0])}: {found[1].total:.1f} GiB"
         print(f"{card:>12} GB   {told}")
         if found and not found[0]:
             break
@@ -142,22 +179,32 @@ def cache_flags(argv, job, card):
     if "/path/to/weight" in argv[0]:
         flags["pretrained_model_name_or_path"] = "/path/to/weight"
     one = job.changed(latent_cache=None, per_gpu_batch_size=8, vae_encode_chunk=1).need(0.0)
-    room = (card * memory.USABLE - memory.CONTEXT) / (1 + memory.OVERHEAD) - one.encoders
+    room = (card * memory_estimate.USABLE_FRACTION - memory_estimate.CUDA_CONTEXT_GIB) / (
+        1 + memory_estimate.OVERHEAD_FRACTION
+    ) - one.encoders
     flags["vae_encode_chunk"] = max([n for n in (8, 4, 2) if n * one.encoding <= room], default=1)
-    return shlex.join(memory.spelled(flags).split())
+    return shlex.join(memory_estimate.format_flags(flags).split())
 
 
 def command_that_fits(script, argv, job, card):
     """Print what to launch on a card of so many GB."""
-    found = memory.fit(job, card * memory.USABLE)
+    found = memory_estimate.fit_to_budget(job, card * memory_estimate.USABLE_FRACTION)
     if found is None:
-        raise ValueError(f"--fit {card:g}GB: no lever makes it fit. {memory.less(job)}")
+        raise ValueError(
+            f"--fit {card:g}GB: no lever makes it fit. {memory_estimate.reduction_advice(job)}"
+        )
     flags, need = found
-    if job.args.pretrained_model_name_or_path == str(TINY_SVD):  # the default, which is not what was asked about
+    if job.args.pretrained_model_name_or_path == str(
+        TINY_SVD
+    ):  # the default, which is not what was asked about
         argv = ["--pretrained_model_name_or_path=/path/to/weight", *argv]
     if "latent_cache" in flags:
-        print(f"accelerate launch cache_latents.py {cache_flags(argv, job, card)} --latent_cache=CACHE")
-    print(f"accelerate launch {script} {shlex.join(argv)} {memory.spelled(flags)}".rstrip())
+        print(
+            f"accelerate launch cache_latents.py {cache_flags(argv, job, card)} --latent_cache=CACHE"
+        )
+    print(
+        f"accelerate launch {script} {shlex.join(argv)} {memory_estimate.format_flags(flags)}".rstrip()
+    )
     print(f"needs {need.total:.1f} GiB (predicted)")
 
 
@@ -165,7 +212,9 @@ def main(own, argv):
     """Predict, print."""
     own.trainer = Path(own.trainer).name
     if own.trainer not in TRAINERS:
-        raise ValueError(f"{own.trainer}: name the trainer first, one of {', '.join(TRAINERS)}; then its flags")
+        raise ValueError(
+            f"{own.trainer}: name the trainer first, one of {', '.join(TRAINERS)}; then its flags"
+        )
     job = make_job(own.trainer, argv, own.exact)
     if own.fit is not None:
         command_that_fits(own.trainer, argv, job, own.fit)
@@ -184,7 +233,9 @@ def card_size(text):
 def build_parser():
     """Its own flags; all others are the trainer's."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     # fmt: off
     parser.add_argument("trainer", help=f"{', '.join(TRAINERS)}; then its flags, as for a launch")

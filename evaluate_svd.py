@@ -23,8 +23,13 @@ import numpy as np
 import train_svd
 import train_svd_tracklet
 from infer_svd import load_checkpoint
-from svd_xtend import checkpoints, fast_unet, held_out, metrics, processes, report, runs, shapes, tracklets, video
-from svd_xtend.lora import FILE_NAME, load_lora
+from svd_xtend.data import images, split, tracklets
+from svd_xtend.demo import synthetic_clips
+from svd_xtend.evaluation import metrics, report
+from svd_xtend.inference import video_writer
+from svd_xtend.models import loading, precision, unet_optimizations
+from svd_xtend.models.lora import LORA_FILE, load_lora
+from svd_xtend.training import checkpoints, distributed, flag_types, run_record, validation_loss
 
 logger = logging.getLogger("svd_xtend")
 
@@ -62,13 +67,22 @@ def settle(flags):
         raise ValueError(f"--tuned {flags.tuned}: not there")
     run = run_of(flags.tuned) if flags.tuned else {}
     args = vars(train_svd_tracklet.script_parser().parse_args([])) | PLAIN
-    args |= {name: value for name, value in run.items() if name not in ("output_dir", "validation_image")}
-    args |= {"num_clips": args["validation_clips"], **PROTOCOLS.get(flags.protocol, PARITY if flags.parity else {})}
-    args |= {name: value for name, value in vars(flags).items() if value is not None or name not in args}
-    args["box_control"] = "stage" in run or bool(flags.tuned and Path(flags.tuned, checkpoints.BOXES).is_file())
+    args |= {
+        name: value for name, value in run.items() if name not in ("output_dir", "validation_image")
+    }
+    args |= {
+        "num_clips": args["validation_clips"],
+        **PROTOCOLS.get(flags.protocol, PARITY if flags.parity else {}),
+    }
+    args |= {
+        name: value for name, value in vars(flags).items() if value is not None or name not in args
+    }
+    args["box_control"] = "stage" in run or bool(
+        flags.tuned and Path(flags.tuned, loading.BOX_CONTROL_FILE).is_file()
+    )
     for name, value in zip(("P_mean", "P_std"), train_svd.default_P(args["width"], args["height"])):
         args[name] = value if args[name] is None else args[name]
-    args["mixed_precision"] = precision(flags.mixed_precision, run.get("mixed_precision"))
+    args["mixed_precision"] = choose_precision(flags.mixed_precision, run.get("mixed_precision"))
     args["validation_ratio"] = 0.0 if flags.validation_folder else args["validation_ratio"]
     args["trained_with"] = run.get("num_frames"), run.get("fps")
     gone = [folder for folder in args["base_folder"] if not Path(folder).is_dir()]
@@ -88,35 +102,41 @@ def settle(flags):
 def evaluation_folder(tuned, ema):
     """evaluation/ in a run's folder, where report.html finds it, or beside a LoRA file; of a checkpoint evaluation/checkpoint-1000."""
     tuned = Path(tuned or "outputs")
-    if (tuned / checkpoints.TRAINED).is_file():
+    if (tuned / checkpoints.TRAINED_FILE).is_file():
         return tuned.absolute().parent / "evaluation" / f"{tuned.absolute().name}{'-ema' * ema}"
     return (tuned.parent if tuned.is_file() else tuned) / "evaluation"
 
 
 def step_of(tuned):
     """How many steps a checkpoint, or what a run wrote at its end, was trained; None where that is not known."""
-    if tuned and Path(tuned, checkpoints.TRAINED).is_file():
+    if tuned and Path(tuned, checkpoints.TRAINED_FILE).is_file():
         return checkpoints.read_progress(tuned)["step"]
-    rows = runs.rows_of(Path(tuned, "metrics.jsonl")) if tuned else []
+    rows = run_record.read_rows(Path(tuned, "metrics.jsonl")) if tuned else []
     return rows[-1]["step"] if rows else None
 
 
-def precision(asked, trained):
+def choose_precision(asked, trained):
     """What to compute in: as asked, or as the run did where this machine can, or the best that it has."""
     try:
-        return runs.check_precision(asked or trained or runs.best_precision())
+        return precision.check_precision(asked or trained or precision.best_precision())
     except ValueError:
         if asked:
             raise
-        return runs.best_precision()
+        return precision.best_precision()
 
 
 def check(args):
     """Raise where a flag, or what the run of --tuned was told in its place, cannot be."""
-    least = {"num_clips": 1, "num_frames": 2, "num_inference_steps": 1, "decode_chunk_size": 1, "vae_encode_chunk": 1}
-    if wrong := runs.wrong_number(args, least):
+    least = {
+        "num_clips": 1,
+        "num_frames": 2,
+        "num_inference_steps": 1,
+        "decode_chunk_size": 1,
+        "vae_encode_chunk": 1,
+    }
+    if wrong := flag_types.find_wrong_number(args, least):
         raise ValueError(wrong)
-    if args.ema and not Path(args.tuned or "", checkpoints.TRAINED).is_file():
+    if args.ema and not Path(args.tuned or "", checkpoints.TRAINED_FILE).is_file():
         raise ValueError("--ema: averages are in checkpoints; pass --tuned .../checkpoint-...")
     if args.parity:
         return
@@ -124,7 +144,11 @@ def check(args):
         raise ValueError("--validation_folder: pass a folder of clips that nothing was trained on")
     for folder in args.validation_folder or args.base_folder:
         if not Path(folder).is_dir():
-            whose = "" if args.validation_folder else f"; --tuned {args.tuned} has held out a part of it"
+            whose = (
+                ""
+                if args.validation_folder
+                else f"; --tuned {args.tuned} has held out a part of it"
+            )
             raise ValueError(
                 f"--validation_folder {folder}: no such folder{whose}. Pass one of clips that nothing trained on"
             )
@@ -136,25 +160,29 @@ def check(args):
 def tune(unet, args):
     """Put into `unet` what --tuned holds, but for a whole UNet; returns the model, which where it is box control takes boxes."""
     folder = Path(args.tuned)
-    is_checkpoint = (folder / checkpoints.TRAINED).is_file()
+    is_checkpoint = (folder / checkpoints.TRAINED_FILE).is_file()
     if args.box_control:
-        from svd_xtend.boxes import ControlledUNet, load_boxes, new_boxes
+        from svd_xtend.models.box_control import ControlledUNet, load_box_control, new_box_control
 
         if args.lora:
             load_lora(unet, args.lora)
         if not is_checkpoint:
-            return ControlledUNet(unet, load_boxes(unet, folder))
-        unet = ControlledUNet(unet, new_boxes(unet, args.max_objects, enhancer=args.enhancer))
+            return ControlledUNet(unet, load_box_control(unet, folder))
+        unet = ControlledUNet(unet, new_box_control(unet, args.max_objects, enhancer=args.enhancer))
     if is_checkpoint:
         load_checkpoint(unet, folder, args.ema, flag="--tuned")
-    elif folder.suffix == ".safetensors" or (folder / FILE_NAME).is_file():
+    elif folder.suffix == ".safetensors" or (folder / LORA_FILE).is_file():
         load_lora(unet, folder)
     else:
-        there = sorted(folder.glob("checkpoint-*"), key=video.natural_key)
+        there = sorted(folder.glob("checkpoint-*"), key=images.natural_key)
         advice = (
-            f"; pass {there[-1]}" if there else f". Expected unet/, {FILE_NAME}, {checkpoints.BOXES}, or a checkpoint"
+            f"; pass {there[-1]}"
+            if there
+            else f". Expected unet/, {LORA_FILE}, {loading.BOX_CONTROL_FILE}, or a checkpoint"
         )
-        raise ValueError(f"--tuned {folder}: holds nothing that a trainer writes at its end{advice}")
+        raise ValueError(
+            f"--tuned {folder}: holds nothing that a trainer writes at its end{advice}"
+        )
     return unet
 
 
@@ -164,11 +192,11 @@ def load(args, tuned, device):
 
     whole = tuned and Path(args.tuned, "unet").is_dir()  # a full training
     unet = args.tuned if whole else args.pretrain_unet
-    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet)
-    fast_unet.speed_up(pipe.unet)
+    pipe = loading.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet)
+    unet_optimizations.speed_up(pipe.unet)
     model = tune(pipe.unet, args) if tuned and not whole else pipe.unet
     model.requires_grad_(False)
-    checkpoints.place(pipe, model, args.mixed_precision, device)
+    loading.move_models(pipe, model, args.mixed_precision, device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, model
 
@@ -199,9 +227,9 @@ def windows(data, count):
         found = []
         for n in range(len(data)):
             clip, start = data.clips[n], 0
-            while start < clip.starts(data.sample_frames, clip.told["fps"]):
+            while start < clip.starts(data.sample_frames, clip.metadata["fps"]):
                 found.append((n, start))
-                start = int(clip.numbers(start, data.sample_frames, clip.told["fps"])[-1]) + 1
+                start = int(clip.numbers(start, data.sample_frames, clip.metadata["fps"])[-1]) + 1
     chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
     return [(data.clips[found[i][0]], found[i][1]) for i in chosen]
 
@@ -211,7 +239,9 @@ def boxes_of(data, clip, numbers, args):
     if not hasattr(data, "boxes_of"):
         return None
     own, size = data.boxes_of(clip)
-    return tracklets.fit(own, size, *clip.size, args.resize_mode, numbers, args.max_objects, args.min_box_size)
+    return tracklets.fit_to_picture(
+        own, size, *clip.size, args.resize_mode, numbers, args.max_objects, args.min_box_size
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- measure
@@ -234,16 +264,28 @@ def measure(made, true, fps, boxes, found, compared_at=None):
     """({name: figure} of a clip (f, h, w, 3) uint8 beside the true one, features for FVD or None). compared_at: (width, height) of a
     protocol at which pictures are compared, frame 0 too, which else, being given, does not count."""
     ways = metrics.flows(made)
-    told = metrics.order_figures(made, ways, fps) | (metrics.control_figures(ways, boxes) if boxes else {})
+    told = metrics.order_figures(made, ways, fps) | (
+        metrics.control_figures(ways, boxes) if boxes else {}
+    )
     if compared_at:
-        true = true if true is None else np.stack([video.resize(f, *compared_at, "stretch") for f in true])
-        made = np.stack([video.resize(f, *compared_at, "stretch") for f in made])
+        true = (
+            true
+            if true is None
+            else np.stack([images.resize(f, *compared_at, "stretch") for f in true])
+        )
+        made = np.stack([images.resize(f, *compared_at, "stretch") for f in made])
     if true is not None:
         by_frame = metrics.frame_figures(made, true)
         if "lpips" in found:
             by_frame["lpips"] = found["lpips"](made, true)
-        told |= {name: float(values[0 if compared_at else 1 :].mean()) for name, values in by_frame.items()}
-        told |= {"first_frame_psnr": float(by_frame["psnr"][0]), "psnr_by_frame": by_frame["psnr"].tolist()}
+        told |= {
+            name: float(values[0 if compared_at else 1 :].mean())
+            for name, values in by_frame.items()
+        }
+        told |= {
+            "first_frame_psnr": float(by_frame["psnr"][0]),
+            "psnr_by_frame": by_frame["psnr"].tolist(),
+        }
     return told, found["fvd"](made) if "fvd" in found else None
 
 
@@ -252,12 +294,17 @@ def render(name, pipe, model, data, args, found, process):
     what is true, and what a picture that stands still is worth, too. Clips that cannot be read are left out."""
     from PIL import Image
 
-    places = list(enumerate(windows(data, args.num_clips)))[process.process_index :: process.num_processes]
+    places = list(enumerate(windows(data, args.num_clips)))[
+        process.process_index :: process.num_processes
+    ]
     sample, rows = counted(train_svd.sample, len(places), f"{name}: clips", process), []
     for i, (clip, start) in places:
-        numbers, told = clip.numbers(start, args.num_frames, clip.told["fps"]), clip.told
+        numbers, told = clip.numbers(start, args.num_frames, clip.metadata["fps"]), clip.metadata
         try:
-            true, boxes = clip.read(numbers, *clip.size, args.resize_mode), boxes_of(data, clip, numbers, args)
+            true, boxes = (
+                clip.read(numbers, *clip.size, args.resize_mode),
+                boxes_of(data, clip, numbers, args),
+            )
         except ValueError as error:
             logger.warning("%s; it is left out", error)
             continue
@@ -267,12 +314,18 @@ def render(name, pipe, model, data, args, found, process):
         clips = {name: np.stack([np.asarray(frame) for frame in made])}
         if name == "base":
             clips |= {"truth": true, "still": np.repeat(true[:1], len(true), 0)}
-        row = {"number": i, "clip": f"{clip.path} from frame {start}", "film": held_out.film_of(clip.path)}
+        row = {
+            "number": i,
+            "clip": f"{clip.path} from frame {start}",
+            "film": split.source_video(clip.path),
+        }
         row |= {"fps": told["fps"], "boxes": boxes, "frames": clips if i < SHOWN else {}}
         rows.append({**row, "figures": {}, "features": {}})
         for column, frames in clips.items():
             beside = None if column == "truth" else true
-            told_of = measure(frames, beside, told["fps"], boxes, found, COMPARED_AT.get(args.protocol))
+            told_of = measure(
+                frames, beside, told["fps"], boxes, found, COMPARED_AT.get(args.protocol)
+            )
             rows[-1]["figures"][column], rows[-1]["features"][column] = told_of
     return rows
 
@@ -298,7 +351,7 @@ def held_out_of(data, args, pipe, process):
     loss = train_svd_tracklet.tracklet_loss if args.box_control else train_svd.svd_loss
     share = len(range(process.process_index, min(args.num_clips, len(data)), process.num_processes))
     encode = counted(train_svd.encode_ahead, share, "held-out clips", process)
-    return held_out.HeldOut(data, args, loss, encode, pipe, process)
+    return validation_loss.ValidationLoss(data, args, loss, encode, pipe, process)
 
 
 def losses_of(name, model, held, process):
@@ -316,20 +369,25 @@ def compare(args):
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import gather_object
 
-    process = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
+    process = Accelerator(
+        mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))]
+    )
     if process.num_processes > 1:
-        processes.fail_together(process.process_index)
+        distributed.fail_together(process.process_index)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.backends.cudnn.allow_tf32 = args.allow_tf32 or args.mixed_precision != "no"
     if process.is_main_process:
-        print(f"precision {args.mixed_precision}, {process.device}, {process.num_processes} process(es)", flush=True)
+        print(
+            f"precision {args.mixed_precision}, {process.device}, {process.num_processes} process(es)",
+            flush=True,
+        )
     data, held, losses, rows = None, None, {}, {}
     for name in ["tuned", "base"][not args.tuned :]:  # what may be wrong with --tuned shows at once
         pipe, model = load(args, name == "tuned", process.device)
         args.num_frames = args.num_frames or pipe.unet.config.num_frames
         if data is None:
             data, (found, left_out) = clips_of(args, process), networks(args.num_frames, process)
-        with runs.writing(args.output_dir):
+        with run_record.output_errors(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         held = held or held_out_of(data, args, pipe, process)
         held.pipe = pipe
@@ -351,9 +409,15 @@ def compare(args):
 def write(args, held, losses, rows, left_out):
     """evaluation.json, figures.png, comparison.gif and .png; and the table, on standard output."""
     if not rows:
-        raise ValueError(f"--validation_folder {args.validation_folder or args.base_folder}: no clip can be read")
+        raise ValueError(
+            f"--validation_folder {args.validation_folder or args.base_folder}: no clip can be read"
+        )
     out, table = Path(args.output_dir), metrics.table_of(rows)
-    row = held_out.compare(held.sigmas, losses["base"], losses["tuned"], held.films) if "tuned" in losses else None
+    row = (
+        validation_loss.compare_losses(held.sigmas, losses["base"], losses["tuned"], held.films)
+        if "tuned" in losses
+        else None
+    )
     preset, used = PROTOCOLS.get(args.protocol, {}), {**vars(args), "num_clips": len(rows)}
     otherwise = {name: used[name] for name in preset if used[name] != preset[name]}
     told = {
@@ -364,21 +428,29 @@ def write(args, held, losses, rows, left_out):
         "by_clip": [{"clip": r["clip"], **r["figures"]} for r in rows],
         "args": {k: v for k, v in vars(args).items() if k != "hub_token"},
     }  # fmt: skip
-    count = held_out.how_many(told["clips"], told["films"])
+    count = validation_loss.count_in_words(told["clips"], told["films"])
     what = f"{count} held out, {args.num_frames} frames of {args.width}x{args.height}"
-    runs.write_whole(out / "evaluation.json", json.dumps(told, indent=1, default=str))
+    run_record.write_atomically(out / "evaluation.json", json.dumps(told, indent=1, default=str))
     model = Path(args.tuned or args.pretrained_model_name_or_path).name
-    with runs.writing(out):
+    with run_record.output_errors(out):
         metrics.draw(out / "figures.png", row, rows, f"{model}: {what}")
         if some := [shown(r) for r in rows if r["frames"]]:
-            video.write_comparison(out / "comparison", some, rows[0]["fps"])
+            video_writer.write_comparison(out / "comparison", some, rows[0]["fps"])
     if args.tuned and out.name == "evaluation" and (out.parent / "report.html").is_file():
-        report.write(out.parent)
-    but = f", but {', '.join(f'{name} {value}' for name, value in otherwise.items())}" if otherwise else ""
+        report.write_report(out.parent)
+    but = (
+        f", but {', '.join(f'{name} {value}' for name, value in otherwise.items())}"
+        if otherwise
+        else ""
+    )
     print(f"\nprotocol {args.protocol}{but}" if args.protocol else "")
     print(f"{what}\n{metrics.in_words(table)}")
-    print(f"\nheld-out loss {held_out.told(row, 'the base') if row else format(losses['base'].mean(), '.4g')}")
-    print("\n".join([*left_out.values(), f"{out}/evaluation.json, figures.png, comparison.gif .png"]))
+    print(
+        f"\nheld-out loss {validation_loss.format_comparison(row, 'the base') if row else format(losses['base'].mean(), '.4g')}"
+    )
+    print(
+        "\n".join([*left_out.values(), f"{out}/evaluation.json, figures.png, comparison.gif .png"])
+    )
 
 
 def shown(row):
@@ -386,8 +458,13 @@ def shown(row):
     from PIL import Image
 
     columns = [column for column in ("base", "tuned", "truth") if column in row["frames"]]
-    clips = {column: [Image.fromarray(frame) for frame in row["frames"][column]] for column in columns}
-    return {name: tracklets.render(clip, row["boxes"]) if row["boxes"] else clip for name, clip in clips.items()}
+    clips = {
+        column: [Image.fromarray(frame) for frame in row["frames"][column]] for column in columns
+    }
+    return {
+        name: tracklets.render_boxes(clip, row["boxes"]) if row["boxes"] else clip
+        for name, clip in clips.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------ parity
@@ -410,7 +487,9 @@ class Drawn:
     def normal(self, *shape):
         import torch
 
-        return torch.randn((1, *shape), generator=torch.Generator().manual_seed(SEED)).to(self.device)
+        return torch.randn((1, *shape), generator=torch.Generator().manual_seed(SEED)).to(
+            self.device
+        )
 
     def uniform(self):
         import torch
@@ -423,7 +502,12 @@ def by_pipeline(pipe, batch, strength, sigma):
     import torch
     from PIL import Image
 
-    pixel_values, noise, given, scheduler = batch["pixel_values"], Drawn(pipe.device), [], pipe.scheduler
+    pixel_values, noise, given, scheduler = (
+        batch["pixel_values"],
+        Drawn(pipe.device),
+        [],
+        pipe.scheduler,
+    )
     with torch.no_grad():
         posterior = pipe.vae.encode(pixel_values[0]).latent_dist
     z = noise.normal(*posterior.mean.shape)[0]
@@ -431,7 +515,9 @@ def by_pipeline(pipe, batch, strength, sigma):
     noisy = latents + sigma * z
     scheduler.set_timesteps(sigmas=[sigma, 0.0])
     handle = pipe.unet.register_forward_hook(lambda _, *call: given.append(call), with_kwargs=True)
-    frame = ((pixel_values[0, 0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
+    frame = (
+        ((pixel_values[0, 0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
+    )
     try:
         denoised = pipe(
             Image.fromarray(frame), *pixel_values.shape[-2:], len(latents), sigmas=[sigma, 0.0], min_guidance_scale=2.0,
@@ -464,7 +550,11 @@ def by_trainer(pipe, batch, sigma, args):
         return answer
 
     def loss_of(dropped):
-        how = {"P_mean": float(np.log(sigma)), "P_std": 0.0, "conditioning_dropout_prob": (0.0, 0.0, dropped)}
+        how = {
+            "P_mean": float(np.log(sigma)),
+            "P_std": 0.0,
+            "conditioning_dropout_prob": (0.0, 0.0, dropped),
+        }
         with torch.no_grad():
             return train_svd.svd_loss(spy, pipe, batch, argparse.Namespace(**{**vars(args), **how}))
 
@@ -483,10 +573,12 @@ def drawn_batch(width, height, num_frames, device):
     """A batch of one clip of moving shapes."""
     import torch
 
-    frames = np.stack([video.resize(frame, width, height) for frame in shapes.make_clip(SEED).frames])
+    frames = np.stack(
+        [images.resize(frame, width, height) for frame in synthetic_clips.make_clip(SEED).frames]
+    )
     frames = torch.from_numpy(frames[np.arange(num_frames) % len(frames)]).permute(0, 3, 1, 2)[None]
     told = {"fps": torch.tensor([6.0]), "motion_bucket_id": torch.tensor([180.0]), "index": [0]}
-    return runs.to_device({**told, "pixel_values": frames}, device)
+    return distributed.batch_to_device({**told, "pixel_values": frames}, device)
 
 
 def parity(args):
@@ -499,27 +591,39 @@ def parity(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = args.pretrained_model_name_or_path
-    pipe = checkpoints.load_svd(path, torch.float32, args.revision, args.pretrain_unet).to(device)
+    pipe = loading.load_svd(path, torch.float32, args.revision, args.pretrain_unet).to(device)
     pipe.set_progress_bar_config(disable=True)
-    batch = drawn_batch(args.width, args.height, args.num_frames or pipe.unet.config.num_frames, device)
+    batch = drawn_batch(
+        args.width, args.height, args.num_frames or pipe.unet.config.num_frames, device
+    )
     *_, ids = train_svd.condition(
         pipe, batch["pixel_values"][:, 0], batch["fps"], batch["motion_bucket_id"], Drawn(device)
     )
     strength = ids[0, 2].item()  # the pipeline is told that of the trainer
     stock = [by_pipeline(pipe, batch, strength, sigma) for sigma in tqdm(SIGMAS, desc="pipeline")]
-    fast_unet.speed_up(pipe.unet)  # as every trainer does
+    unet_optimizations.speed_up(pipe.unet)  # as every trainer does
     own = [by_trainer(pipe, batch, sigma, args) for sigma in tqdm(SIGMAS, desc="trainer")]
     print(f"{path}, diffusers {diffusers.__version__}, torch {torch.__version__}, {device}\n")
     print(f"{'tensor':24}{'shape':16}{'largest value':>14}{'difference':>14}{'allowed':>12}")
     first = None
     for name, allowed in ALLOWED.items():
         largest = max(s[name].abs().max().item() for s in stock)
-        off = max((s[name] - o[name].reshape(s[name].shape)).abs().max().item() for s, o in zip(stock, own))
+        off = max(
+            (s[name] - o[name].reshape(s[name].shape)).abs().max().item()
+            for s, o in zip(stock, own)
+        )
         passed = off <= allowed * largest  # nan does not
         first = first or (None if passed else name)
-        shape, answer = "x".join(map(str, stock[0][name].shape)) or "1", "PASS" if passed else "FAIL"
+        shape, answer = (
+            "x".join(map(str, stock[0][name].shape)) or "1",
+            "PASS" if passed else "FAIL",
+        )
         print(f"{name:24}{shape:16}{largest:14.5g}{off:14.3g}{allowed * largest:12.3g}  {answer}")
-    print(f"\nFAIL: {first} is the first that differs; what comes after it may follow from it" if first else "\nPASS")
+    print(
+        f"\nFAIL: {first} is the first that differs; what comes after it may follow from it"
+        if first
+        else "\nPASS"
+    )
     return first
 
 
@@ -528,7 +632,9 @@ def parity(args):
 
 def build_parser():
     """What is evaluated, on what. Flags that are a trainer's have no default here: that of the run holds, or of train_svd.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # fmt: off
     parser.add_argument("--tuned", metavar="FOLDER", help="a trainer's --output_dir, a checkpoint in it, or a LoRA file; without it the base alone is measured")
     parser.add_argument("--ema", action="store_true", help="of a checkpoint the moving averages")
@@ -544,9 +650,9 @@ def build_parser():
     g.add_argument("--width", type=int, help="pixels, a multiple of 8")
     g.add_argument("--height", type=int, help="pixels, a multiple of 8")
     g.add_argument("--num_frames", type=int, help="of each clip, 2 or more")
-    g.add_argument("--fps", type=runs.number_or("native"), help="frames a second at which clips are sampled, and which the model is told")
+    g.add_argument("--fps", type=flag_types.number_or_word("native"), help="frames a second at which clips are sampled, and which the model is told")
     g.add_argument("--source_fps", type=float, help="frames a second of frame folders without clip.json")
-    g.add_argument("--motion_bucket_id", type=runs.number_or("auto"), help="auto: by how much moves in each clip; or a number, 1 to 255")
+    g.add_argument("--motion_bucket_id", type=flag_types.number_or_word("auto"), help="auto: by how much moves in each clip; or a number, 1 to 255")
     g.add_argument("--resize_mode", choices=["crop", "stretch"], help="cover and crop the centre, or ignore the aspect ratio")
     g.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="of all models; default: the run's where this machine has it")
     g.add_argument("--num_inference_steps", type=int, help="sampling steps")
@@ -563,7 +669,9 @@ def in_own_words(error, flags):
     text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
     flag, _, rest = text.partition(" ")
     own = {"--tuned": [flags.tuned], "--validation_folder": flags.validation_folder or []}
-    found = [name for name, paths in own.items() if any(path and rest.startswith(path) for path in paths)]
+    found = [
+        name for name, paths in own.items() if any(path and rest.startswith(path) for path in paths)
+    ]
     return f"{found[0]} {rest}" if found and flag[:2] == "--" and flag not in own else text
 
 

@@ -12,25 +12,34 @@ import argparse
 import json
 from pathlib import Path
 
-from svd_xtend import checkpoints, fast_unet, tracklets, video
-from svd_xtend.lora import inject_lora, load_lora, scale_lora
-from svd_xtend.tiny import TINY_BOXES, TINY_SVD
+from svd_xtend.data import annotations, images, tracklets
+from svd_xtend.demo.tiny_svd import TINY_BOXES, TINY_SVD
+from svd_xtend.inference import video_writer
+from svd_xtend.models import loading, unet_optimizations
+from svd_xtend.models.lora import inject_lora, load_lora, scale_lora
+from svd_xtend.training import checkpoints
 
 
 def load_checkpoint(unet, folder, ema=False, lora_scale=1.0, flag="--checkpoint"):
     """Put a training checkpoint's parameters, or their moving averages, into `unet`, adapters too."""
     from safetensors import safe_open
 
-    file = Path(folder, checkpoints.EMA if ema else checkpoints.TRAINED)
+    file = Path(folder, checkpoints.EMA_FILE if ema else checkpoints.TRAINED_FILE)
     if not file.is_file():
-        hint = "; it was trained without --use_ema" if ema and Path(folder, checkpoints.TRAINED).exists() else ""
+        hint = (
+            "; it was trained without --use_ema"
+            if ema and Path(folder, checkpoints.TRAINED_FILE).exists()
+            else ""
+        )
         raise ValueError(f"{flag} {folder}: no {file.name} in it{hint}")
     with safe_open(file, "pt") as f:
         has_lora = any(".lora_A." in name for name in f.keys())
     if has_lora:  # the adapters' shape is in the run's args.json
         told = Path(folder).resolve().parent / "args.json"
         if not told.exists():
-            raise ValueError(f"{flag} {folder}: holds adapters, but {told}, which has their shape, is missing")
+            raise ValueError(
+                f"{flag} {folder}: holds adapters, but {told}, which has their shape, is missing"
+            )
         told = json.loads(told.read_text())
         alpha = told["rank"] if told["lora_alpha"] is None else told["lora_alpha"]
         inject_lora(unet, told["rank"], alpha, told["lora_targets"], told["use_dora"])
@@ -44,19 +53,21 @@ def load_pipeline(args):
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = checkpoints.load_svd(
-        args.pretrained_model_name_or_path, torch.float16 if device == "cuda" else torch.float32, args.revision
+    pipe = loading.load_svd(
+        args.pretrained_model_name_or_path,
+        torch.float16 if device == "cuda" else torch.float32,
+        args.revision,
     )
     if args.checkpoint:
         load_checkpoint(pipe.unet, args.checkpoint, args.ema, args.lora_scale)
     if args.lora:
         load_lora(pipe.unet, args.lora, args.lora_scale)
-    fast_unet.speed_up(pipe.unet).to(pipe.image_encoder.dtype)
+    unet_optimizations.speed_up(pipe.unet).to(pipe.image_encoder.dtype)
     adapter = None
     if args.tracklets:
-        from svd_xtend.boxes import load_boxes
+        from svd_xtend.models.box_control import load_box_control
 
-        adapter = load_boxes(pipe.unet, args.tracklet_weights).to(device)
+        adapter = load_box_control(pipe.unet, args.tracklet_weights).to(device)
         adapter.box_guidance_scale = args.box_guidance_scale
     if args.cpu_offload and device == "cuda":
         pipe.enable_model_cpu_offload()
@@ -67,9 +78,11 @@ def load_pipeline(args):
 
 def read_boxes(args, path, file, num_frames, slots):
     """The tracklets in `file` as the picture at `path` shows them after resizing."""
-    size = video.picture_size([path])
-    own = tracklets.tracklets_for(file, path, size)
-    return tracklets.fit(own, size, args.width, args.height, args.resize_mode, range(num_frames), slots)
+    size = images.picture_size([path])
+    own = annotations.tracklets_for(file, path, size)
+    return tracklets.fit_to_picture(
+        own, size, args.width, args.height, args.resize_mode, range(num_frames), slots
+    )
 
 
 def main(args):
@@ -80,8 +93,12 @@ def main(args):
     num_frames, steps = args.num_frames or pipe.unet.config.num_frames, args.num_inference_steps
     files = args.tracklets * len(args.image) if len(args.tracklets) == 1 else args.tracklets
     for i, path in enumerate(args.image):
-        image = video.load_image(path, args.width, args.height, args.resize_mode)
-        boxes = read_boxes(args, path, files[i], num_frames, adapter.config["slots"]) if adapter else None
+        image = images.load_image(path, args.width, args.height, args.resize_mode)
+        boxes = (
+            read_boxes(args, path, files[i], num_frames, adapter.config["slots"])
+            if adapter
+            else None
+        )
         if adapter:
             adapter.set(boxes.relaxed())
         frames = pipe(
@@ -91,17 +108,23 @@ def main(args):
             decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.seed),
             callback_on_step_end=adapter and adapter.until(args.box_tau, steps),
         ).frames[0]  # fmt: skip
-        stem = Path(args.output_dir, video.clip_name(path))
-        video.write_clip(stem, frames, args.fps)
+        stem = Path(args.output_dir, images.clip_name(path))
+        video_writer.write_clip(stem, frames, args.fps)
         if boxes:
-            video.write_clip(f"{stem}_boxes", tracklets.beside(frames, boxes), args.fps)
-            tracklets.write_tracklets(f"{stem}_boxes.json", boxes)  # as the clip shows them, to score it by
+            video_writer.write_clip(
+                f"{stem}_boxes", tracklets.beside_boxes(frames, boxes), args.fps
+            )
+            annotations.write_tracklets(
+                f"{stem}_boxes.json", boxes
+            )  # as the clip shows them, to score it by
         print(f"{stem}.mp4 .gif .png" + f", {stem}_boxes with the boxes in view" * bool(boxes))
 
 
 def build_parser():
     """Flags: weights, pictures, sampling."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # fmt: off
     parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD, a full export included; default: the embedded one")
     parser.add_argument("--revision", help="Hub revision of it")

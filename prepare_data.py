@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import clips, decode, folders, held_out, motion, order, runs, tracklets, video
+from svd_xtend.data import annotations, folder_index, images, motion, sampler, split, video_decode
+from svd_xtend.data.clip import DURATION_TOLERANCE, Clip
+from svd_xtend.training import flag_types
 
 logger = logging.getLogger("svd_xtend")
 
@@ -61,21 +63,25 @@ class Scenes:
 def look_at_all(clip, keys):
     """In place of Clip.motion: {motions, cuts}, every frame decoded; ValueError where one is damaged."""
     scenes, kept = Scenes(clip.rate), {}
-    needed = set(np.concatenate(motion.runs_of(len(clip), clip.rate, keys)).tolist())
+    needed = set(np.concatenate(motion.frame_runs(len(clip), clip.rate, keys)).tolist())
     for number, frame in enumerate(clip.glance(range(len(clip)))):
-        small = motion.smaller(frame)
+        small = motion.shrink_frame(frame)
         scenes.add(small)
         if number in needed:
             kept[number] = small
-    score = motion.of_frames(lambda run: [kept[n] for n in run.tolist()], len(clip), clip.rate, keys)
+    score = motion.clip_motion(
+        lambda run: [kept[n] for n in run.tolist()], len(clip), clip.rate, keys
+    )
     return {"motions": score, "cuts": scenes.found()}
 
 
 def check(args):
     """Print what a folder holds; write report.json, all of it, and check.png."""
-    listing = folders.Listing(args.folder)
+    listing = folder_index.FolderIndex(args.folder)
     listing.fill(measure=look_at_all)
-    found = order.Clips(listing, args.num_frames, args.fps, 127, args.source_fps, stills=True, quiet=True)
+    found = sampler.ClipCollection(
+        listing, args.num_frames, args.fps, 127, args.source_fps, stills=True, quiet=True
+    )
     (kept,), rows = found.kept, []
     a, (own, _) = listing.arrays, found.rates(listing)
     for i, moves in zip(kept.tolist(), found.motions.tolist()):
@@ -138,7 +144,7 @@ def draw(file, rows, folder):
     figure = Figure((11, 6.5), layout="constrained")
     (top, seconds), (rates, sizes) = figure.subplots(2, 2)
     figure.suptitle(f"{folder}: {len(rows)} clips")
-    motion.draw(top, [row["motion"] for row in rows])
+    motion.draw_motion(top, [row["motion"] for row in rows])
     for axes, title, values in (
         (seconds, "seconds", [row["frames"] / row["fps"] for row in rows]),
         (rates, "frames a second", [row["fps"] for row in rows]),
@@ -149,7 +155,12 @@ def draw(file, rows, folder):
     width, height = zip(*counts)
     area = 20 + 400 * np.array(list(counts.values())) / len(rows)
     sizes.scatter(width, height, area, color=motion.BLUE, alpha=0.6)
-    sizes.set(xlabel="width, pixels", ylabel="height, pixels", xlim=(0, 1.1 * max(width)), ylim=(0, 1.1 * max(height)))
+    sizes.set(
+        xlabel="width, pixels",
+        ylabel="height, pixels",
+        xlim=(0, 1.1 * max(width)),
+        ylim=(0, 1.1 * max(height)),
+    )
     figure.savefig(file, dpi=100)
 
 
@@ -161,7 +172,10 @@ def videos_in(paths):
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted((p for p in path.rglob("*") if p.is_file() and decode.is_video(p)), key=video.natural_key)
+            found += sorted(
+                (p for p in path.rglob("*") if p.is_file() and video_decode.is_video(p)),
+                key=images.natural_key,
+            )
         elif path.is_file():
             found.append(path)
         else:
@@ -172,15 +186,17 @@ def videos_in(paths):
     names = [path.stem if stems[path.stem] == 1 else path.name.replace(".", "_") for path in found]
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
-        raise SystemExit(f"two videos would be extracted to {twice[0]}: give them names of their own")
+        raise SystemExit(
+            f"two videos would be extracted to {twice[0]}: give them names of their own"
+        )
     return dict(zip(found, names))
 
 
 def scenes_of(path, film):
     """[(first frame, end)] of a video's scenes."""
     scenes = Scenes(film.rate)
-    for frame in decode.read(path, film.times, range(len(film.times))):
-        scenes.add(motion.smaller(frame))
+    for frame in video_decode.read_frames(path, film.times, range(len(film.times))):
+        scenes.add(motion.shrink_frame(frame))
     cuts = scenes.found()
     return list(zip([0, *cuts], [*cuts, len(film.times)]))
 
@@ -192,18 +208,30 @@ def extract(path, stem, args):
     how = json.dumps([str(path.absolute()), path.stat().st_mtime_ns, *flags])
     if done.exists() and done.read_text() == how:
         return 0, 0, 1
-    film = decode.probe(path)
-    whole = clips.Clip(path, [], film.rate, film.times, told=folders.read_metadata(path.parent).get(path.name, {}))
+    film = video_decode.probe_video(path)
+    whole = Clip(
+        path,
+        [],
+        film.rate,
+        film.times,
+        metadata=folder_index.read_metadata(path.parent).get(path.name, {}),
+    )
     fps = film.rate if args.fps == "native" else min(args.fps, film.rate)
     parts, made, short = scenes_of(path, film) if args.scenes else [(0, len(film.times))], 0, 0
     clock = whole.clock()
     for k, (first, end) in enumerate(parts):
-        length = int((clock[end - 1] - clock[first]) * fps + 1 + clips.SLACK)
+        length = int((clock[end - 1] - clock[first]) * fps + 1 + DURATION_TOLERANCE)
         if length < args.min_frames:
             short += 1
             continue
         name = stem if len(parts) == 1 else f"{stem}_scene{k:03d}"
-        write_frames(args.out / name, whole, np.minimum(whole.numbers(first, length, fps), end - 1), fps, args)
+        write_frames(
+            args.out / name,
+            whole,
+            np.minimum(whole.numbers(first, length, fps), end - 1),
+            fps,
+            args,
+        )
         made += 1
     done.write_text(how)
     return made, short, 0
@@ -217,11 +245,13 @@ def write_frames(folder, clip, numbers, fps, args):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for k, frame in enumerate(clip.frames(numbers)):
-        frame = video.resize(frame, args.width, args.height, args.resize_mode) if args.width else frame
+        frame = (
+            images.resize(frame, args.width, args.height, args.resize_mode) if args.width else frame
+        )
         Image.fromarray(frame).save(partial / f"{k:05d}.{args.format}", quality=95)
     text = clip.path.with_suffix(".txt")
     caption = {"caption": text.read_text("utf-8", "replace").strip()} if text.is_file() else {}
-    told = {**clip.told, **caption, "fps": round(fps, 4), "source": clip.path.name}
+    told = {**clip.metadata, **caption, "fps": round(fps, 4), "source": clip.path.name}
     (partial / "clip.json").write_text(json.dumps(told, ensure_ascii=False))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -232,8 +262,13 @@ def frames(args):
     paths = videos_in(args.video)
     args.out.mkdir(parents=True, exist_ok=True)
     counts, failed = np.zeros(3, int), 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool, folders.progress(len(paths), "extracting") as bar:
-        for _, answer in folders.in_turn(pool, lambda path: attempt(extract, path, paths[path], args), paths):
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        folder_index.progress_bar(len(paths), "extracting") as bar,
+    ):
+        for _, answer in folder_index.results_in_order(
+            pool, lambda path: attempt(extract, path, paths[path], args), paths
+        ):
             bar.update()
             if isinstance(answer, str):
                 failed += 1
@@ -263,35 +298,42 @@ def convert(args):
     args.out.mkdir(parents=True, exist_ok=True)
     count = objects = 0
     for file in args.file:
-        for name, found in tracklets.read_tracklets(file, args.size).items():
+        for name, found in annotations.read_tracklets(file, args.size).items():
             inside = args.out / name
             target = inside / "tracklets.json" if inside.is_dir() else args.out / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
-            tracklets.write_tracklets(target, found)
+            annotations.write_tracklets(target, found)
             count, objects = count + 1, objects + len(found.ids)
     print(
-        f"{args.out}: tracklets of {count} videos, {objects} objects. Look: python -m svd_xtend.tracklets {target} --frames ..."
+        f"{args.out}: tracklets of {count} videos, {objects} objects. Look: python -m svd_xtend.evaluation.tracklet_score {target} --frames ..."
     )
 
 
 # -------------------------------------------------------------------------------------------------------------- split
 
 
-def split(args):
+def split_folder(args):
     """Two folders of links: train and held_out. Texts and annotations beside a clip go with it."""
-    listing = folders.Listing(args.folder)
-    sources = held_out.sources_of(listing)
+    listing = folder_index.FolderIndex(args.folder)
+    sources = split.clips_by_source_video(listing)
     if len(sources) < 2:
         raise SystemExit(
             f"{args.folder}: {len(sources)} video(s); to hold some out takes two that are not of one film"
         )
     for part in ("train", "held_out"):
         if (args.out / part).exists():
-            raise SystemExit(f"{args.out / part}: is there already; remove it, or choose another folder")
-    chosen = held_out.choose(sources, args.held_out, args.seed)
-    metadata, counts = folders.metadata_rows(args.folder), {}
+            raise SystemExit(
+                f"{args.out / part}: is there already; remove it, or choose another folder"
+            )
+    chosen = split.choose_validation_sources(sources, args.held_out, args.seed)
+    metadata, counts = folder_index.metadata_rows(args.folder), {}
     for part in ("train", "held_out"):
-        own = [i for source in sources if (source in chosen) == (part == "held_out") for i in sources[source]]
+        own = [
+            i
+            for source in sources
+            if (source in chosen) == (part == "held_out")
+            for i in sources[source]
+        ]
         names = [listing.name(i) for i in own]
         (args.out / part).mkdir(parents=True)
         for name in names:
@@ -330,19 +372,21 @@ size_of.__name__ = "WIDTHxHEIGHT"  # argparse's errors name it
 
 def build_parser():
     """A command each, with its flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     # fmt: off
     c = commands.add_parser("check", help="what a folder holds, what will be skipped and why")
     c.add_argument("folder", type=Path)
-    c.add_argument("--fps", type=runs.number_or("native"), default=7.0, help="as in training: a number, or native; default: %(default)s")
+    c.add_argument("--fps", type=flag_types.number_or_word("native"), default=7.0, help="as in training: a number, or native; default: %(default)s")
     c.add_argument("--source_fps", type=float, help="as in training: of frame folders without clip.json")
     c.add_argument("--num_frames", type=int, default=14, help="as in training; default: %(default)s")
     c.add_argument("--output_dir", default="outputs/check", help="for report.json and check.png; default: %(default)s")
     c = commands.add_parser("frames", help="extract videos to folders of frames")
     c.add_argument("video", nargs="+", help="files, or folders of them")
     c.add_argument("out", type=Path)
-    c.add_argument("--fps", type=runs.number_or("native"), default="native", help="frames a second, by time; default: each video's own")
+    c.add_argument("--fps", type=flag_types.number_or_word("native"), default="native", help="frames a second, by time; default: each video's own")
     c.add_argument("--width", type=int, help="pixels; default: as it is")
     c.add_argument("--height", type=int)
     c.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop")
@@ -372,7 +416,9 @@ if __name__ == "__main__":
     if args.command == "split" and not 0 < args.held_out < 1:
         parser.error(f"--held_out {args.held_out}: above 0, below 1")
     try:
-        {"check": check, "frames": frames, "tracklets": convert, "split": split}[args.command](args)
+        {"check": check, "frames": frames, "tracklets": convert, "split": split_folder}[
+            args.command
+        ](args)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     except OSError as error:  # a full disk, for one; what was made before is whole

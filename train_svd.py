@@ -22,11 +22,25 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange, repeat
 
-from svd_xtend import cache, checkpoints, fast_unet, held_out, memory, order, processes, report, runs, video
-from svd_xtend.clips import load_picture
-from svd_xtend.model_card import push_to_hub
-from svd_xtend.shapes import ensure_demo
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.data import images, latent_cache, sampler, split
+from svd_xtend.data.clip import load_picture
+from svd_xtend.demo.synthetic_clips import ensure_demo
+from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.evaluation import report
+from svd_xtend.evaluation.model_card import push_to_hub
+from svd_xtend.inference import video_writer
+from svd_xtend.models import activation_checkpointing, loading, unet_optimizations
+from svd_xtend.training import (
+    checkpoints,
+    distributed,
+    flag_types,
+    memory_estimate,
+    optimizers,
+    run_record,
+    safety,
+    validation,
+    validation_loss,
+)
 
 base_folder = "data/demo"  # <- your folder of videos, files or folders of frames; data/demo is drawn at first use
 
@@ -56,12 +70,17 @@ class DummyDataset:
         self, base_folder, width, height, num_frames, fps, motion_bucket_id, resize_mode, seed=0, cached=None, weights=None,
         source_fps=None, buckets=0, image_ratio=0.0, batch=1,
     ):  # fmt: skip
-        self.sample_frames, self.resize_mode, self.seed, self.latent_cache = num_frames, resize_mode, seed, cached
+        self.sample_frames, self.resize_mode, self.seed, self.latent_cache = (
+            num_frames,
+            resize_mode,
+            seed,
+            cached,
+        )
         told = fps, motion_bucket_id, source_fps, (width, height), buckets, image_ratio > 0
-        self.clips = order.Clips(base_folder, num_frames, *told)
-        self.order = order.Order(self.clips.pools(weights, image_ratio), seed, batch)
+        self.clips = sampler.ClipCollection(base_folder, num_frames, *told)
+        self.order = sampler.ClipSampler(self.clips.pools(weights, image_ratio), seed, batch)
         if cached:
-            cache.check_videos(cached, self.clips)
+            latent_cache.check_cached_videos(cached, self.clips)
 
     def __len__(self):
         return len(self.clips)
@@ -70,19 +89,36 @@ class DummyDataset:
         for failed, number in enumerate(self.order.choices(index)):
             try:
                 still = number >= len(self.clips)
-                clip, length = (self.clips.picture(number), 1) if still else (self.clips[number], self.sample_frames)
-                start = np.random.default_rng((self.seed, index)).integers(clip.starts(length, clip.told["fps"]))
-                frames = clip.numbers(start, length, clip.told["fps"])
-                return {**self.read_window(clip, frames, index), "index": index, "failed": failed, **clip.told}
+                clip, length = (
+                    (self.clips.picture(number), 1)
+                    if still
+                    else (self.clips[number], self.sample_frames)
+                )
+                start = np.random.default_rng((self.seed, index)).integers(
+                    clip.starts(length, clip.metadata["fps"])
+                )
+                frames = clip.numbers(start, length, clip.metadata["fps"])
+                return {
+                    **self.read_window(clip, frames, index),
+                    "index": index,
+                    "failed": failed,
+                    **clip.metadata,
+                }
             except ValueError as error:
                 logger.warning("%s; another clip takes its place", error)
-        raise ValueError("--base_folder: not one clip can be read; the warnings above name the files")
+        raise ValueError(
+            "--base_folder: not one clip can be read; the warnings above name the files"
+        )
 
     def read_window(self, clip, frames, index):
         """What an item holds of these `frames` of a clip, by their numbers; a subclass adds to it, `cond` for one. With a latent
         cache: of the frames only the first, and in place of the others `moments` and `image_embeds`."""
         pixels = clip.read(frames[: 1 if self.latent_cache else None], *clip.size, self.resize_mode)
-        cached = cache.read_window(self.latent_cache, clip, frames) if self.latent_cache else {}
+        cached = (
+            latent_cache.read_cached_window(self.latent_cache, clip, frames)
+            if self.latent_cache
+            else {}
+        )
         return {"pixel_values": rearrange(pixels, "f h w c -> f c h w"), **cached}
 
 
@@ -118,20 +154,30 @@ class SampleNoise:
     def __init__(self, seed, indices, device):
         import torch
 
-        keys = [int(np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0]) for i in indices]
-        self.generators, self.device = [torch.Generator(device).manual_seed(key) for key in keys], device
+        keys = [
+            int(np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0])
+            for i in indices
+        ]
+        self.generators, self.device = (
+            [torch.Generator(device).manual_seed(key) for key in keys],
+            device,
+        )
 
     def normal(self, *shape):
         """(b, *shape) from N(0, 1), float32."""
         import torch
 
-        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+        return torch.stack(
+            [torch.randn(shape, generator=g, device=self.device) for g in self.generators]
+        )
 
     def uniform(self):
         """(b,) from U[0, 1)."""
         import torch
 
-        return torch.stack([torch.rand((), generator=g, device=self.device) for g in self.generators])
+        return torch.stack(
+            [torch.rand((), generator=g, device=self.device) for g in self.generators]
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- conditioning
@@ -146,7 +192,9 @@ def posterior(vae, pixel_values, chunk=1):
     with torch.no_grad():
         frames = rearrange(pixel_values, "b f c h w -> (b f) c h w").to(vae.dtype)
         parts = [vae.encode(part).latent_dist for part in frames.split(chunk)]
-    moments = torch.stack([torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])]).float()
+    moments = torch.stack(
+        [torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])]
+    ).float()
     return rearrange(moments, "m (b f) c h w -> b m f c h w", b=len(pixel_values))
 
 
@@ -189,10 +237,17 @@ def condition(pipe, first_frame, fps, motion_bucket_id, noise, image_embeds=None
     import torch
 
     noise_aug_strength = (noise.normal() * 0.5 - 3).exp()
-    noised = first_frame + noise_aug_strength[:, None, None, None] * noise.normal(*first_frame.shape[1:])
+    noised = first_frame + noise_aug_strength[:, None, None, None] * noise.normal(
+        *first_frame.shape[1:]
+    )
     with torch.no_grad():
-        parts = [pipe.vae.encode(frame).latent_dist.mode() for frame in noised.to(pipe.vae.dtype).split(1)]
-    added_time_ids = torch.stack([fps.float() - 1, motion_bucket_id.float(), noise_aug_strength], dim=1)
+        parts = [
+            pipe.vae.encode(frame).latent_dist.mode()
+            for frame in noised.to(pipe.vae.dtype).split(1)
+        ]
+    added_time_ids = torch.stack(
+        [fps.float() - 1, motion_bucket_id.float(), noise_aug_strength], dim=1
+    )
     image_embeds = embed_image(pipe, first_frame) if image_embeds is None else image_embeds
     return image_embeds, torch.cat(parts).float(), added_time_ids
 
@@ -219,9 +274,16 @@ def svd_loss(model, pipe, batch, args):
 
     pixel_values = batch["pixel_values"]
     noise = batch.get("noise") or SampleNoise(args.seed, batch["index"], pixel_values.device)
-    latents = encode_video(pipe.vae, pixel_values, noise, args.vae_encode_chunk, batch.get("moments"))
+    latents = encode_video(
+        pipe.vae, pixel_values, noise, args.vae_encode_chunk, batch.get("moments")
+    )
     image_embeds, image_latents, added_time_ids = condition(
-        pipe, pixel_values[:, 0], batch["fps"], batch["motion_bucket_id"], noise, batch.get("image_embeds")
+        pipe,
+        pixel_values[:, 0],
+        batch["fps"],
+        batch["motion_bucket_id"],
+        noise,
+        batch.get("image_embeds"),
     )
     image_embeds, image_latents = drop_conditioning(
         image_embeds, image_latents, noise.uniform(), *args.conditioning_dropout_prob
@@ -232,10 +294,14 @@ def svd_loss(model, pipe, batch, args):
     _, c_out, c_in, c_noise = scalings(sigma)
     eps = noise.normal(*latents.shape[1:])
     inputs = torch.cat([c_in * (latents + sigma * eps), image_latents], dim=2)
-    F_x = model(inputs, c_noise.flatten(), image_embeds, added_time_ids, **batch.get("cond", {})).sample.float()
+    F_x = model(
+        inputs, c_noise.flatten(), image_embeds, added_time_ids, **batch.get("cond", {})
+    ).sample.float()
     # lambda |c_skip x + c_out F - y|^2 with c_out^2 in front: the bracket is then F - v, free of cancellation
     v = c_in * (eps - sigma * latents)
-    return (loss_weight(sigma) * c_out**2 * (F_x - v) ** 2 * batch.get("pixel_weight", 1)).mean((1, 2, 3, 4))
+    return (loss_weight(sigma) * c_out**2 * (F_x - v) ** 2 * batch.get("pixel_weight", 1)).mean(
+        (1, 2, 3, 4)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- validate and export
@@ -245,8 +311,14 @@ def sample(pipe, image, told, seed, args):
     """Frames that follow an image, told its clip's `fps` and `motion_bucket_id`: the stock pipeline, its own guidance."""
     import torch
 
-    def as_decoder(pipe, i, t, tensors):  # the UNet answers in float32 or half, the decoder may be in the other
-        return {"latents": tensors["latents"].to(pipe.vae.dtype)} if i + 1 == args.num_inference_steps else tensors
+    def as_decoder(
+        pipe, i, t, tensors
+    ):  # the UNet answers in float32 or half, the decoder may be in the other
+        return (
+            {"latents": tensors["latents"].to(pipe.vae.dtype)}
+            if i + 1 == args.num_inference_steps
+            else tensors
+        )
 
     return pipe(
         image, image.height, image.width, args.num_frames, args.num_inference_steps, fps=told["fps"],
@@ -259,9 +331,14 @@ def validate(pipe, unet, step, args):
     """Render each --validation_image with fixed seeds into <output_dir>/validation; returns [(name, image, frames)]."""
     clips = []
     for path, told in zip(args.validation_image, args.validation):
-        image, name = load_picture(path, args.width, args.height, args.resize_mode), video.clip_name(path)
+        image, name = (
+            load_picture(path, args.width, args.height, args.resize_mode),
+            images.clip_name(path),
+        )
         frames = sample(pipe, image, told, args.validation_seed, args)
-        video.write_clip(Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, told["fps"])
+        video_writer.write_clip(
+            Path(args.output_dir, "validation", f"step{step:06d}_{name}"), frames, told["fps"]
+        )
         clips.append((name, image, frames))
     return clips
 
@@ -271,8 +348,10 @@ def export(pipe, unet, args):
     were loaded, not as rounded for training, with the trained parameters over them."""
     import torch
 
-    full = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
-    for name, p in checkpoints.trainable_parameters(unet).items():
+    full = loading.load_svd(
+        args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet
+    )
+    for name, p in loading.trainable_parameters(unet).items():
         full.unet.get_parameter(name).data.copy_(p)
     full.save_pretrained(args.output_dir)
 
@@ -285,8 +364,10 @@ def start(args):
     import torch
     from accelerate.utils import broadcast_object_list
 
-    accelerator = processes.connect(args)
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    accelerator = distributed.create_accelerator(args)
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s"
+    )
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     # convolutions: under fp16 the VAE alone computes in float32, which TF32 makes several times faster
@@ -298,9 +379,11 @@ def start(args):
     if checkpoint:
         seed = checkpoints.read_progress(checkpoint)["seed"]
         if args.seed not in (None, seed):
-            raise ValueError(f"--seed {args.seed}: {checkpoint} was trained with seed {seed}; pass that, or none")
+            raise ValueError(
+                f"--seed {args.seed}: {checkpoint} was trained with seed {seed}; pass that, or none"
+            )
         args.seed = seed
-        runs.compare_args(args)
+        run_record.check_resumed_args(args)
     if args.seed is None:  # the same one on every process
         args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
     logger.info("seed %d, log sigma ~ N(%g, %g^2), precision %s, %s, %d process(es)", args.seed, args.P_mean,
@@ -310,7 +393,11 @@ def start(args):
 
 def select_parameters(unet, args):
     """Mark what trains: parameters whose names contain one of --train_params, by default all that have an effect."""
-    live = {name: p for name, p in unet.requires_grad_(False).named_parameters() if not fast_unet.is_dead(name)}
+    live = {
+        name: p
+        for name, p in unet.requires_grad_(False).named_parameters()
+        if unet_optimizations.has_effect(name)
+    }
     for part in args.train_params:
         if not any(part in name for name in live):
             raise ValueError(
@@ -323,24 +410,36 @@ def select_parameters(unet, args):
 
 def load_data(args, dataset, accelerator):
     """(the clips to train on, those held out or None), each a `dataset`."""
-    folders, apart, ratio, held = args.base_folder, args.validation_folder, args.validation_ratio, None
-    step = args.buckets and checkpoints.pixel_step(args.pretrained_model_name_or_path, args.revision)
-    size, told = (args.width, args.height, args.num_frames), (args.fps, args.motion_bucket_id, args.resize_mode)
+    folders, apart, ratio, held = (
+        args.base_folder,
+        args.validation_folder,
+        args.validation_ratio,
+        None,
+    )
+    step = args.buckets and loading.pixel_step(args.pretrained_model_name_or_path, args.revision)
+    size, told = (
+        (args.width, args.height, args.num_frames),
+        (args.fps, args.motion_bucket_id, args.resize_mode),
+    )
     with accelerator.main_process_first():  # it lists the folder, the others read the list
         ensure_demo(folders)
         data = dataset(
-            held_out.part(folders, ratio) if ratio else folders, *size, *told, args.seed, args.latent_cache,
+            split.training_part(folders, ratio) if ratio else folders, *size, *told, args.seed, args.latent_cache,
             args.folder_weights, args.source_fps, step, args.image_ratio, args.per_gpu_batch_size * accelerator.num_processes,
         )  # fmt: skip
         if args.validation_steps and (apart or ratio):
-            apart = held_out.others(data.clips.listings) if ratio else apart
-            with held_out.found_in("--validation_ratio" if ratio else "--validation_folder"):
-                held = dataset(apart, *size, *told, args.validation_seed, None, None, args.source_fps, step)
-    processes.check_same("--base_folder", data.clips.digest())
+            apart = split.validation_part(data.clips.indexes) if ratio else apart
+            with split.errors_name_flag("--validation_ratio" if ratio else "--validation_folder"):
+                held = dataset(
+                    apart, *size, *told, args.validation_seed, None, None, args.source_fps, step
+                )
+    distributed.check_same_on_all_processes("--base_folder", data.clips.digest())
     if held:
-        processes.check_same("--validation_folder", held.clips.digest())
+        distributed.check_same_on_all_processes("--validation_folder", held.clips.digest())
         # the same list: an evaluation that does not have the clips that trained
-        held_out.settle(held, data, args.validation_seed, check=not (ratio or apart is folders))
+        split.prepare_validation_set(
+            held, data, args.validation_seed, check=not (ratio or apart is folders)
+        )
     return data, held
 
 
@@ -354,49 +453,80 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
     accelerator, checkpoint = start(args)
     device, world = accelerator.device, accelerator.num_processes
-    pipe = checkpoints.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet)
-    unet = prepare_unet(fast_unet.speed_up(pipe.unet), args)
+    pipe = loading.load_svd(
+        args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet
+    )
+    unet = prepare_unet(unet_optimizations.speed_up(pipe.unet), args)
     args.num_frames = args.num_frames or pipe.unet.config.num_frames
-    loss = fast_unet.offloaded(unet, loss) if args.offload_activations else loss
-    watch = memory.Watch(args, unet, prepare_unet, pipe, device)
-    fast_unet.checkpoint(fast_unet.compile_blocks(unet) if args.compile else unet, args.gradient_checkpointing)
-    cache.check(args.latent_cache, pipe, args.mixed_precision, args.width, args.height, args.resize_mode)
-    master = runs.OPTIMIZERS[args.optimizer][0]
-    trained = checkpoints.place(pipe, unet, args.mixed_precision, device, not args.latent_cache, master)
+    loss = (
+        activation_checkpointing.offload_activations(unet, loss)
+        if args.offload_activations
+        else loss
+    )
+    watch = memory_estimate.MemoryMonitor(args, unet, prepare_unet, pipe, device)
+    activation_checkpointing.checkpoint_activations(
+        unet_optimizations.compile_blocks(unet) if args.compile else unet,
+        args.gradient_checkpointing,
+    )
+    latent_cache.check_cache(
+        args.latent_cache, pipe, args.mixed_precision, args.width, args.height, args.resize_mode
+    )
+    master = optimizers.OPTIMIZERS[args.optimizer][0]
+    trained = loading.move_models(
+        pipe, unet, args.mixed_precision, device, not args.latent_cache, master
+    )
 
     # data
     data, held = load_data(args, dataset, accelerator)
     step_samples = args.per_gpu_batch_size * world * args.gradient_accumulation_steps
-    args.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data) / step_samples)
+    args.max_train_steps = args.max_train_steps or math.ceil(
+        args.num_train_epochs * len(data) / step_samples
+    )
     args.learning_rate *= step_samples if args.scale_lr else 1
-    runs.settle_validation(args, data.clips, held and held.clips)
-    runs.record_args(accelerator, args, data.clips)
+    validation.choose_validation_inputs(args, data.clips, held and held.clips)
+    run_record.record_run(accelerator, args, data.clips)
 
     # optimizer
-    optimizer = runs.make_optimizer(trained, args)
-    model, optimizer, trained = processes.prepare(accelerator, unet, optimizer, args)
+    optimizer = optimizers.make_optimizer(trained, args)
+    model, optimizer, trained = distributed.prepare_for_engine(accelerator, unet, optimizer, args)
     schedule = get_scheduler(
-        args.lr_scheduler.replace("constant", "constant_with_warmup"), processes.torch_optimizer(optimizer),
+        args.lr_scheduler.replace("constant", "constant_with_warmup"), distributed.torch_optimizer(optimizer),
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
     )  # fmt: skip
     ema = EMAModel([p.float() for p in trained], decay=0.9999) if args.use_ema else None
-    saved = accelerator, args.output_dir, args.checkpoints_total_limit, unet, optimizer, schedule, ema
-    saver = checkpoints.Saver(*saved)
+    saved = (
+        accelerator,
+        args.output_dir,
+        args.checkpoints_total_limit,
+        unet,
+        optimizer,
+        schedule,
+        ema,
+    )
+    saver = checkpoints.CheckpointManager(*saved)
 
-    held = held and held_out.HeldOut(held, args, loss, encode_ahead, pipe, accelerator)
+    held = held and validation_loss.ValidationLoss(
+        held, args, loss, encode_ahead, pipe, accelerator
+    )
 
     def look(step):
         clips, losses = [], {}
         if held:
-            with processes.whole(accelerator, unet):
+            with distributed.gathered_weights(accelerator, unet):
                 losses["raw"] = held.losses(unet)
-        with torch.no_grad(), runs.averaged(ema, trained), processes.whole(accelerator, unet):
+        with (
+            torch.no_grad(),
+            optimizers.ema_weights(ema, trained),
+            distributed.gathered_weights(accelerator, unet),
+        ):
             if held and ema:
                 losses["ema"] = held.losses(unet)
             if accelerator.is_main_process:
-                with checkpoints.at_hand(pipe, device):
+                with loading.encoders_on_device(pipe, device):
                     clips = validate(pipe, unet, step, args)
-                runs.log_validation(accelerator, args, step, clips, held and held.compare(step, losses))
+                validation.log_validation(
+                    accelerator, args, step, clips, held and held.compare(step, losses)
+                )
         accelerator.wait_for_everyone()
         return clips
 
@@ -407,45 +537,62 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
         progress = saver.resume(checkpoint)
         logger.info("resumed from %s", checkpoint)
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=order.SampleIndices(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
+        data, batch_sampler=sampler.BatchIndexSampler(progress["samples"], args.per_gpu_batch_size, accelerator.process_index, world),
         num_workers=args.num_workers, pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
-        worker_init_fn=runs.ignore_signals,
+        worker_init_fn=safety.ignore_signals,
     )  # fmt: skip
     batches, failed, first = iter(loader), 0, progress["step"]
-    metrics = runs.Metrics(args.output_dir, first) if accelerator.is_main_process else None
+    metrics = (
+        run_record.MetricsWriter(args.output_dir, first) if accelerator.is_main_process else None
+    )
     bar = tqdm(initial=first, total=args.max_train_steps, disable=not accelerator.is_main_process)
 
-    with runs.Signals() as signals, saver, bar:
+    with safety.StopSignals() as signals, saver, bar:
         for step in range(first + 1, args.max_train_steps + 1):
             began, sums = watch.begin_step(), torch.zeros(4, device=device)
             for _ in range(args.gradient_accumulation_steps):
-                batch = runs.to_device(next(batches), device)
+                batch = distributed.batch_to_device(next(batches), device)
                 with accelerator.accumulate(model):
                     value = loss(model, pipe, batch, args).mean()
                     accelerator.backward(value)
-                    grad_norm = processes.clip_grad_norm(accelerator, trained, args.max_grad_norm or math.inf)
+                    grad_norm = distributed.clip_grad_norm(
+                        accelerator, trained, args.max_grad_norm or math.inf
+                    )
                     optimizer.step()
                     optimizer.zero_grad()
                 sums[0] += value.detach() / args.gradient_accumulation_steps / world
                 sums[1] += batch["failed"].sum()
-            lr, skipped = float(schedule.get_last_lr()[0]), processes.skipped(accelerator)
+            lr, skipped = (
+                float(schedule.get_last_lr()[0]),
+                distributed.step_was_skipped(accelerator),
+            )
             if not skipped:  # fp16: the scaler met an overflow
                 schedule.step()
                 if ema:
                     ema.step(trained)
             sums[2], sums[3] = signals.caught, grad_norm / world
-            mean_loss, new_failed, stop, norm = accelerator.reduce(sums).tolist()  # here the step waits for the GPU
+            mean_loss, new_failed, stop, norm = accelerator.reduce(
+                sums
+            ).tolist()  # here the step waits for the GPU
 
-            progress = {"step": step, "samples": progress["samples"] + step_samples, "seed": args.seed}
+            progress = {
+                "step": step,
+                "samples": progress["samples"] + step_samples,
+                "seed": args.seed,
+            }
             failed += new_failed
-            runs.check_step(step, mean_loss, norm, skipped, lr, saver.step)
-            runs.check_reading(failed, (step - first) * step_samples)
+            safety.check_finite(step, mean_loss, norm, skipped, lr, saver.step)
+            safety.check_unreadable_clips(failed, (step - first) * step_samples)
             saver.check()
             if accelerator.is_main_process:
-                row = metrics.write(step, mean_loss, lr, norm, time.perf_counter() - began, watch.end_step())
+                row = metrics.write(
+                    step, mean_loss, lr, norm, time.perf_counter() - began, watch.end_step()
+                )
                 bar.update()
                 told = {k: v for k, v in row.items() if v is not None}
-                bar.set_postfix({k: f"{v:.3g}" for k, v in told.items() if k != "step"}, refresh=False)
+                bar.set_postfix(
+                    {k: f"{v:.3g}" for k, v in told.items() if k != "step"}, refresh=False
+                )
                 accelerator.log(told, step=step)
 
             last = stop or step == args.max_train_steps
@@ -459,14 +606,19 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
             if args.validation_steps and step % args.validation_steps == 0 and not last:
                 look(step)
     after = look(args.max_train_steps) if args.validation_steps else []
-    with runs.averaged(ema, trained), processes.whole(accelerator, unet):
+    with optimizers.ema_weights(ema, trained), distributed.gathered_weights(accelerator, unet):
         if accelerator.is_main_process:
             export(pipe, unet, args)
     if accelerator.is_main_process:
         if after:
-            rows = [{"init image": i, "before": b, "after": a} for (_, i, b), (*_, a) in zip(before, after)]
-            video.write_comparison(Path(args.output_dir, "comparison"), rows, args.validation[0]["fps"])
-        page = report.write(args.output_dir)
+            rows = [
+                {"init image": i, "before": b, "after": a}
+                for (_, i, b), (*_, a) in zip(before, after)
+            ]
+            video_writer.write_comparison(
+                Path(args.output_dir, "comparison"), rows, args.validation[0]["fps"]
+            )
+        page = report.write_report(args.output_dir)
         if args.push_to_hub:
             push_to_hub(args)
         watch.report()
@@ -479,14 +631,16 @@ def train(args, dataset, prepare_unet, export, validate, loss=svd_loss):
 
 def build_parser(description=__doc__, **defaults):
     """The flags that all trainers share, in the order in which the file uses them; `defaults` are a script's own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # fmt: off
     g = parser.add_argument_group("model")
     g.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD; by default the embedded one")
     g.add_argument("--revision", help="Hub revision of it")
     g.add_argument("--pretrain_unet", help="folder of another UNet to start from")
     g.add_argument("--train_params", nargs="+", default=[], help="train only parameters whose names contain one of these; default: all")
-    g.add_argument("--gradient_checkpointing", nargs="?", const="blocks", default="none", choices=[*fast_unet.POLICIES, "auto"], help="recompute activations, from least to most: none (default), level0 (the highest resolution), level01, blocks (the flag alone), nested; auto: the fastest that fits the free memory; first thing to try when out of memory")
+    g.add_argument("--gradient_checkpointing", nargs="?", const="blocks", default="none", choices=[*activation_checkpointing.POLICIES, "auto"], help="recompute activations, from least to most: none (default), level0 (the highest resolution), level01, blocks (the flag alone), nested; auto: the fastest that fits the free memory; first thing to try when out of memory")
     g.add_argument("--offload_activations", action="store_true", help="what backward needs waits in the CPU's memory; least of all with --gradient_checkpointing nested, and slower")
     g.add_argument("--compile", action="store_true", help="torch.compile the UNet's repeated blocks: minutes at the start, faster steps")
     g.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured for")
@@ -495,9 +649,9 @@ def build_parser(description=__doc__, **defaults):
     g = parser.add_argument_group("data")
     g.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folder of videos, files or folders of frames, or several; default: {base_folder}")
     g.add_argument("--folder_weights", nargs="+", type=float, metavar="WEIGHT", help="of several folders, how many samples each has, relative to the others; default: each clip counts the same")
-    g.add_argument("--fps", type=runs.number_or("native"), default=7, help="frames a second at which clips are sampled, by time, and of validation; native: each clip's own; a clip that has fewer keeps its own; default: %(default)s")
+    g.add_argument("--fps", type=flag_types.number_or_word("native"), default=7, help="frames a second at which clips are sampled, by time, and of validation; native: each clip's own; a clip that has fewer keeps its own; default: %(default)s")
     g.add_argument("--source_fps", type=float, help="frames a second of frame folders without clip.json; default: --fps, or 7")
-    g.add_argument("--motion_bucket_id", type=runs.number_or("auto"), default="auto", help="of clips that do not tell theirs: auto, 1 to 255 by how much moves in each, or a number, SVD's own 127 for one; of validation; default: %(default)s")
+    g.add_argument("--motion_bucket_id", type=flag_types.number_or_word("auto"), default="auto", help="of clips that do not tell theirs: auto, 1 to 255 by how much moves in each, or a number, SVD's own 127 for one; of validation; default: %(default)s")
     g.add_argument("--image_ratio", type=float, default=0.0, help="fraction of samples that are pictures lying in the folders, as clips of one frame; default: %(default)s")
     g.add_argument("--buckets", action="store_true", help="sample each clip in the aspect ratio nearest to its own, at about as many pixels; a batch is of one size")
     g.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
@@ -522,7 +676,7 @@ def build_parser(description=__doc__, **defaults):
     g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the clips of a step")
     g.add_argument("--lr_scheduler", default="constant", choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="after the warm-up; default: %(default)s")
     g.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps; default: %(default)s")
-    g.add_argument("--optimizer", choices=runs.OPTIMIZERS, default="adamw", help="adamw8bit keeps Adam's averages in 8 bit; adamw_bf16_sr weights, gradients and averages in bf16, rounded stochastically (both by torchao); default: %(default)s")
+    g.add_argument("--optimizer", choices=optimizers.OPTIMIZERS, default="adamw", help="adamw8bit keeps Adam's averages in 8 bit; adamw_bf16_sr weights, gradients and averages in bf16, rounded stochastically (both by torchao); default: %(default)s")
     g.add_argument("--adam_beta1", type=float, default=0.9)
     g.add_argument("--adam_beta2", type=float, default=0.999)
     g.add_argument("--adam_weight_decay", type=float, default=1e-2)
@@ -561,7 +715,7 @@ def parse(parser, argv=None):
     args = parser.parse_args(argv)
     counts = ("per_gpu_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "vae_encode_chunk", "validation_clips",
               "decode_chunk_size", "num_frames", "rank")  # fmt: skip
-    if wrong := runs.wrong_number(args, dict.fromkeys(counts, 1)):
+    if wrong := flag_types.find_wrong_number(args, dict.fromkeys(counts, 1)):
         parser.error(wrong)
     if args.offload_activations and args.gradient_checkpointing not in ("blocks", "nested"):
         parser.error(
@@ -571,14 +725,22 @@ def parse(parser, argv=None):
     args.conditioning_dropout_prob = p = p * 3 if len(p) == 1 else p
     if len(p) != 3 or min(p) < 0 or sum(p) > 1:
         p = " ".join(map(str, p))
-        parser.error(f"--conditioning_dropout_prob {p}: one number up to 1/3, or three whose sum is at most 1")
-    if args.folder_weights and (len(args.folder_weights) != len(args.base_folder) or min(args.folder_weights) <= 0):
-        parser.error(f"--folder_weights: one above 0 for each --base_folder, which are {len(args.base_folder)}")
+        parser.error(
+            f"--conditioning_dropout_prob {p}: one number up to 1/3, or three whose sum is at most 1"
+        )
+    if args.folder_weights and (
+        len(args.folder_weights) != len(args.base_folder) or min(args.folder_weights) <= 0
+    ):
+        parser.error(
+            f"--folder_weights: one above 0 for each --base_folder, which are {len(args.base_folder)}"
+        )
     for flag in ("image_ratio", "validation_ratio"):
         if not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: from 0 to less than 1")
     if args.validation_folder and args.validation_ratio:
-        parser.error("--validation_ratio: not with --validation_folder, which has the held-out clips already")
+        parser.error(
+            "--validation_ratio: not with --validation_folder, which has the held-out clips already"
+        )
     if args.image_ratio and args.latent_cache:
         parser.error("--image_ratio: not with --latent_cache, which holds videos alone")
     for path in args.validation_image:
@@ -591,4 +753,6 @@ def parse(parser, argv=None):
 
 if __name__ == "__main__":
     args = parse(build_parser())
-    train(args, dataset=DummyDataset, prepare_unet=select_parameters, export=export, validate=validate)
+    train(
+        args, dataset=DummyDataset, prepare_unet=select_parameters, export=export, validate=validate
+    )

@@ -3,10 +3,10 @@
     bash train_svd_lora.sh                                                    # the embedded SVD, a few minutes on a CPU
     bash train_svd_lora.sh --pretrained_model_name_or_path=/path/to/weight    # 1024x576 x 25 frames
 
-All flags of train_svd.py hold; a checkpoint holds only the adapters. Next: svd_xtend/lora.py.
+All flags of train_svd.py hold; a checkpoint holds only the adapters. Next: svd_xtend/models/lora.py.
 """
 
-from svd_xtend.lora import TARGETS, inject_lora, save_lora
+from svd_xtend.models.lora import TARGETS, inject_lora, save_lora
 from train_svd import DummyDataset, build_parser, parse, train, validate
 
 
@@ -17,7 +17,7 @@ def add_lora(unet, args):
 
 
 def export_lora(pipe, unet, args):
-    """Write pytorch_lora_weights.safetensors, which svd_xtend.lora.load_lora puts into a stock pipeline."""
+    """Write pytorch_lora_weights.safetensors, which svd_xtend.models.lora.load_lora puts into a stock pipeline."""
     save_lora(unet, args.output_dir)
 
 
@@ -35,4 +35,10 @@ def script_parser():
 
 
 if __name__ == "__main__":
-    train(parse(script_parser()), dataset=DummyDataset, prepare_unet=add_lora, export=export_lora, validate=validate)
+    train(
+        parse(script_parser()),
+        dataset=DummyDataset,
+        prepare_unet=add_lora,
+        export=export_lora,
+        validate=validate,
+    )

@@ -8,11 +8,11 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 bash "$here/install.sh"
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source "$here/.venv/bin/activate"; fi
 
-precision=$(cd "$here" && python -m svd_xtend.runs) # the best that this machine has
+precision=$(cd "$here" && python -m svd_xtend.models.precision) # the best that this machine has
 
 if [ "$base_folder" = "data/fall" ]; then # the default: draw it
     base_folder="$here/data/fall"
-    (cd "$here" && python -m svd_xtend.shapes --base_folder data/fall --domain fall --clips 48)
+    (cd "$here" && python -m svd_xtend.demo.synthetic_clips --base_folder data/fall --domain fall --clips 48)
 fi
 if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     recipe=(
@@ -23,7 +23,7 @@ if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     )
 else
     cd "$here"
-    python -m svd_xtend.shapes --base_folder data/fall_held_out --domain fall --clips 16 --seed 7919
+    python -m svd_xtend.demo.synthetic_clips --base_folder data/fall_held_out --domain fall --clips 16 --seed 7919
     recipe=(
         --width=64 --height=48 --num_frames=8 --num_workers=0 --per_gpu_batch_size=4 --vae_encode_chunk=32
         --rank=32 --lora_targets attention feed_forward projection conv --learning_rate=2e-3 --lr_scheduler=cosine

@@ -11,7 +11,7 @@ The loop of train_svd.py; the UNet is frozen, layers that see the boxes train (B
     2       with the boxes drawn in  80 % soft       3e-5            5 parts
     3       clean                    80 % soft       3e-5            1 part
 
-All flags of train_svd.py hold. Next: svd_xtend/boxes.py, svd_xtend/tracklets.py.
+All flags of train_svd.py hold. Next: svd_xtend/models/box_control.py, svd_xtend/tracklets.py.
 """
 
 import argparse
@@ -20,10 +20,20 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_xtend import checkpoints, order, video
-from svd_xtend import tracklets as t
-from svd_xtend.clips import load_picture
-from train_svd import DummyDataset, build_parser, logger, parse, select_parameters, svd_loss, train, validate
+from svd_xtend.data import annotations, sampler, tracklets
+from svd_xtend.data.clip import load_picture
+from svd_xtend.inference import video_writer
+from svd_xtend.models import loading
+from train_svd import (
+    DummyDataset,
+    build_parser,
+    logger,
+    parse,
+    select_parameters,
+    svd_loss,
+    train,
+    validate,
+)
 
 STAGES = {
     1: dict(draw_boxes="yes", soft_boxes=0.0, learning_rate=2e-4, max_train_steps=50000),
@@ -38,61 +48,80 @@ class TrackletDataset(DummyDataset):
 
     def __init__(self, options, *args):
         super().__init__(*args)
-        self.options, bare, some = options, [], order.some(self.clips)
+        self.options, bare, some = options, [], sampler.indices_to_check(self.clips)
         for clip in (self.clips[int(i)] for i in some):
             own, _ = self.boxes_of(clip)
             bare += [clip.stem] * (not own.ids)
             if own.ids and len(own) != len(clip):
-                logger.warning("%s: boxes for %d frames, but there are %d", clip.path, len(own), len(clip))
+                logger.warning(
+                    "%s: boxes for %d frames, but there are %d", clip.path, len(own), len(clip)
+                )
         source = f"--tracklets {options.tracklets or 'in the video folders'}"
         if len(bare) == len(some):
-            raise ValueError(f"{source}: no boxes for any video; expected a file naming {bare[0]}, or {bare[0]}.json")
+            raise ValueError(
+                f"{source}: no boxes for any video; expected a file naming {bare[0]}, or {bare[0]}.json"
+            )
         if bare:
-            logger.warning("%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5]))
+            logger.warning(
+                "%s: %d videos train without boxes: %s", source, len(bare), ", ".join(bare[:5])
+            )
 
     def boxes_of(self, clip):
         """(Tracklets of a video's frames, size of these)."""
         size = clip.picture_size()
-        only = len(self.clips) == 1 and clip.path.parent in map(Path, self.options.base_folder)  # not one held out
-        return t.of_clip(clip.path, self.options.tracklets, size, only=only) or t.Tracklets.empty(len(clip)), size
+        only = len(self.clips) == 1 and clip.path.parent in map(
+            Path, self.options.base_folder
+        )  # not one held out
+        return annotations.tracklets_of_clip(
+            clip.path, self.options.tracklets, size, only=only
+        ) or tracklets.Tracklets.empty(len(clip)), size
 
     def read_window(self, clip, frames, index):
-        item, (own, size), options = super().read_window(clip, frames, index), self.boxes_of(clip), self.options
+        item, (own, size), options = (
+            super().read_window(clip, frames, index),
+            self.boxes_of(clip),
+            self.options,
+        )
         rng = np.random.default_rng((self.seed, index, 1))
         how = *clip.size, self.resize_mode, frames, options.max_objects, options.min_box_size
-        boxes = t.fit(own, size, *how).shuffled_colors(rng)
+        boxes = tracklets.fit_to_picture(own, size, *how).shuffled_colors(rng)
         boxes = boxes.none() if rng.random() < options.box_dropout else boxes
         if options.draw_boxes == "yes":
-            item["pixel_values"] = t.draw_boxes(item["pixel_values"], boxes)
+            item["pixel_values"] = tracklets.draw_boxes(item["pixel_values"], boxes)
         shown = boxes.soften(rng, options.soft_boxes).relaxed(rng)
         return {**item, "cond": shown.cond(), "foreground": boxes.boxes * boxes.valid[..., None]}
 
 
 def tracklet_loss(model, pipe, batch, args):
     """svd_loss, with --foreground_weight times as much weight inside boxes as outside (TrackDiffusion: 2)."""
-    from svd_xtend.boxes import foreground_weight
+    from svd_xtend.models.box_control import foreground_weight
 
     if args.foreground_weight != 1:
         scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         size = (side // scale for side in batch["pixel_values"].shape[-2:])
-        batch = {**batch, "pixel_weight": foreground_weight(batch["foreground"], *size, args.foreground_weight)}
+        batch = {
+            **batch,
+            "pixel_weight": foreground_weight(batch["foreground"], *size, args.foreground_weight),
+        }
     return svd_loss(model, pipe, batch, args)
 
 
 def add_boxes(unet, args):
     """The adapter trains, with it what of the UNet --train_params names; a --lora below it stays as it is."""
-    from svd_xtend.boxes import ControlledUNet, load_boxes, new_boxes
-    from svd_xtend.lora import load_lora
+    from svd_xtend.models.box_control import ControlledUNet, load_box_control, new_box_control
+    from svd_xtend.models.lora import load_lora
 
     if args.lora:
         load_lora(unet, args.lora)
     if args.tracklet_weights:
-        adapter = load_boxes(unet, args.tracklet_weights)
+        adapter = load_box_control(unet, args.tracklet_weights)
         told = adapter.config["slots"], adapter.config["enhancer"]
         if told != (args.max_objects, args.enhancer):
-            raise ValueError(f"--tracklet_weights: has (max_objects, enhancer) {told}; pass flags that agree")
+            raise ValueError(
+                f"--tracklet_weights: has (max_objects, enhancer) {told}; pass flags that agree"
+            )
     else:
-        adapter = new_boxes(unet, args.max_objects, enhancer=args.enhancer, seed=args.seed)
+        adapter = new_box_control(unet, args.max_objects, enhancer=args.enhancer, seed=args.seed)
     unet.requires_grad_(False)
     if named := [*adapter.replaced, *args.train_params]:
         select_parameters(unet, argparse.Namespace(train_params=named))
@@ -103,9 +132,9 @@ def add_boxes(unet, args):
 
 def export_boxes(pipe, unet, args):
     """Write tracklet_weights.safetensors: the adapter and what else was ever trained with it."""
-    from svd_xtend.boxes import save_boxes
+    from svd_xtend.models.box_control import save_box_control
 
-    save_boxes(unet.adapter, args.output_dir, checkpoints.trainable_parameters(unet.unet))
+    save_box_control(unet.adapter, args.output_dir, loading.trainable_parameters(unet.unet))
 
 
 def validation_boxes(i, args):
@@ -113,12 +142,14 @@ def validation_boxes(i, args):
     path, told = args.validation_image[i], args.validation[i]
     size, frames = load_picture(path).size, range(args.num_frames)
     if args.validation_tracklets:
-        own = t.tracklets_for(args.validation_tracklets[i], path, size)
+        own = annotations.tracklets_for(args.validation_tracklets[i], path, size)
     else:
         clip, frames = Path(told["clip"] or path).absolute(), told["frames"] or frames
         among = clip.parent in map(Path.absolute, map(Path, args.base_folder))
-        own = t.of_clip(clip, args.tracklets, size, only=among)
-    return own and t.fit(own, size, args.width, args.height, args.resize_mode, frames, args.max_objects)
+        own = annotations.tracklets_of_clip(clip, args.tracklets, size, only=among)
+    return own and tracklets.fit_to_picture(
+        own, size, args.width, args.height, args.resize_mode, frames, args.max_objects
+    )
 
 
 def validate_boxes(pipe, unet, step, args):
@@ -130,8 +161,11 @@ def validate_boxes(pipe, unet, step, args):
         one = argparse.Namespace(**{**vars(args), "validation_image": [path], "validation": [told]})
         for name, image, frames in validate(pipe, unet, step, one):
             if boxes:
-                frames, stem = t.beside(frames, boxes), Path(args.output_dir, "validation", f"step{step:06d}_{name}")
-                video.write_clip(stem, frames, told["fps"])
+                frames, stem = (
+                    tracklets.beside_boxes(frames, boxes),
+                    Path(args.output_dir, "validation", f"step{step:06d}_{name}"),
+                )
+                video_writer.write_clip(stem, frames, told["fps"])
             clips.append((name, image, frames))
     unet.adapter.set(None)
     return clips
@@ -139,7 +173,9 @@ def validate_boxes(pipe, unet, step, args):
 
 def script_parser(stage=1):
     """The shared flags and the boxes' own, with the defaults of a stage."""
-    presets = dict(output_dir=f"outputs/tracklet/stage{stage}", lr_scheduler="linear", lr_warmup_steps=750)
+    presets = dict(
+        output_dir=f"outputs/tracklet/stage{stage}", lr_scheduler="linear", lr_warmup_steps=750
+    )
     parser = build_parser(__doc__, **(presets | STAGES[stage]))
     # fmt: off
     g = parser.add_argument_group("tracklets (--train_params here adds parts of the UNet, time_mixer conv_in conv_out for instance; default: none of it)")
@@ -167,7 +203,9 @@ def script_parse(argv=None):
     if len(args.validation_tracklets) not in (0, len(args.validation_image)):
         parser.error("--validation_tracklets: must be as many as --validation_image")
     if args.latent_cache and args.draw_boxes == "yes":
-        parser.error("--latent_cache: holds frames as they are, without the boxes that stages 1 and 2 draw into them")
+        parser.error(
+            "--latent_cache: holds frames as they are, without the boxes that stages 1 and 2 draw into them"
+        )
     for flag in ("soft_boxes", "box_dropout"):
         if not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
@@ -177,4 +215,11 @@ def script_parse(argv=None):
 if __name__ == "__main__":
     args = script_parse()
     data = partial(TrackletDataset, args)
-    train(args, dataset=data, prepare_unet=add_boxes, export=export_boxes, validate=validate_boxes, loss=tracklet_loss)
+    train(
+        args,
+        dataset=data,
+        prepare_unet=add_boxes,
+        export=export_boxes,
+        validate=validate_boxes,
+        loss=tracklet_loss,
+    )

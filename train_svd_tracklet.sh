@@ -18,11 +18,11 @@ done
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 bash "$here/install.sh"
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source "$here/.venv/bin/activate"; fi
-precision=$(cd "$here" && python -m svd_xtend.runs) # the best that this machine has
+precision=$(cd "$here" && python -m svd_xtend.models.precision) # the best that this machine has
 
 if [[ "$base_folder" = "data/roam" && " $* " != *" --base_folder"* ]]; then # the default: draw it
     base_folder="$here/data/roam"
-    (cd "$here" && python -m svd_xtend.shapes --base_folder data/roam --domain roam --clips 600)
+    (cd "$here" && python -m svd_xtend.demo.synthetic_clips --base_folder data/roam --domain roam --clips 600)
 fi
 if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
     out="${out:-outputs/tracklet}" tiny=""
@@ -32,7 +32,7 @@ if [[ " $* " == *" --pretrained_model_name_or_path"* ]]; then
 else
     cd "$here"
     out="${out:-outputs/tracklet_tiny}" tiny=yes
-    python -m svd_xtend.shapes --base_folder data/roam_held_out --domain roam --clips 4 --seed 7919
+    python -m svd_xtend.demo.synthetic_clips --base_folder data/roam_held_out --domain roam --clips 4 --seed 7919
     recipe=(
         --width=64 --height=48 --num_frames=8 --num_workers=1 --per_gpu_batch_size=8 --vae_encode_chunk=8
         --P_mean=2 --lr_warmup_steps=10 --checkpointing_steps=100 --checkpoints_total_limit=1 --validation_steps=1000
@@ -54,7 +54,7 @@ for stage in 1 2 3; do
         ${from[@]+"${from[@]}"} --output_dir="$out/stage$stage" ${flags[@]+"${flags[@]}"}
 done
 if [ $tiny ]; then
-    python -m svd_xtend.tiny --evaluate svd_xtend/tiny_svd --tracklet_weights "$out/stage3" --clips "${CLIPS:-16}" \
+    python -m svd_xtend.demo.tiny_svd --evaluate svd_xtend/demo/weights/svd --tracklet_weights "$out/stage3" --clips "${CLIPS:-16}" \
         --picture "$out/control"
     echo "look at $out/control.gif and .png: what was asked, without boxes, with boxes"
 fi

@@ -24,6 +24,15 @@ left.set(title="VAE: reconstruction of held-out clips", xlabel="step", ylabel="P
 loss = np.array([row["loss"] for row in unet])
 right.plot(loss, alpha=0.2)
 window = 50
-right.plot(np.arange(window - 1, len(loss)), np.convolve(loss, np.ones(window) / window, "valid"), color="C0")
-right.set(title=f"UNet: training loss (mean of {window} steps)", xlabel="step", ylabel="|F - v|²", ylim=(0, 1))
+right.plot(
+    np.arange(window - 1, len(loss)),
+    np.convolve(loss, np.ones(window) / window, "valid"),
+    color="C0",
+)
+right.set(
+    title=f"UNet: training loss (mean of {window} steps)",
+    xlabel="step",
+    ylabel="|F - v|²",
+    ylim=(0, 1),
+)
 figure.savefig(Path(__file__).with_name("curves.png"), dpi=110)

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from svd_xtend.shapes import COLORS, outline
+from svd_xtend.demo.synthetic_clips import COLORS, outline
 
 WIDTH, HEIGHT, SCALE, FRAMES = 880, 200, 3, 9
 

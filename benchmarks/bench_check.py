@@ -43,7 +43,9 @@ def make(root, clips, folders):
             stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast"})
             stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
             for f in range(FRAMES):
-                frame = np.stack([(x + i) % 256, (2 * y) % 256, (x + y + 3 * i) % 256], -1).astype(np.uint8)
+                frame = np.stack([(x + i) % 256, (2 * y) % 256, (x + y + 3 * i) % 256], -1).astype(
+                    np.uint8
+                )
                 left = round(f * (1 + i % 7)) % (SIZE[0] - 30)
                 frame[30:70, left : left + 30] = 255
                 picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -65,7 +67,9 @@ def check(root, out, cache):
         "--num_frames=7",
     ]
     began = time.perf_counter()
-    process = subprocess.Popen(command, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit("prepare_data.py check failed")
@@ -84,19 +88,32 @@ def main(args):
             rows[name] = check(root, Path(folder, "out"), Path(folder, "cache"))
         found = len(json.loads(Path(folder, "out", "report.json").read_text())["clips"])
     kind = "folders of JPEGs" if args.folders else "h264 files"
-    print(f"{found} clips, {kind}, {FRAMES} frames of {SIZE[0]}x{SIZE[1]}; {os.cpu_count()} CPU cores")
+    print(
+        f"{found} clips, {kind}, {FRAMES} frames of {SIZE[0]}x{SIZE[1]}; {os.cpu_count()} CPU cores"
+    )
     for name, (seconds, memory) in rows.items():
         print(f"  {name:6} {seconds:8.1f} s {memory:8.0f} MiB")
     print(
         json.dumps(
-            {"clips": found, "kind": kind, "seconds": {k: s for k, (s, _) in rows.items()}, "MiB": rows["first"][1]}
+            {
+                "clips": found,
+                "kind": kind,
+                "seconds": {k: s for k, (s, _) in rows.items()},
+                "MiB": rows["first"][1],
+            }
         )
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clips", type=int, default=10000, help="default: %(default)s")
-    parser.add_argument("--folders", action="store_true", help="of JPEG frames instead of video files")
-    parser.add_argument("--folder", help="where to make them; default: the system's temporary folder")
+    parser.add_argument(
+        "--folders", action="store_true", help="of JPEG frames instead of video files"
+    )
+    parser.add_argument(
+        "--folder", help="where to make them; default: the system's temporary folder"
+    )
     main(parser.parse_args())

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from svd_xtend import decode
+from svd_xtend.data import video_decode
 
 CODECS = {  # suffix, codec, options
     "h264": ("mp4", "libx264", {}),
@@ -43,8 +43,12 @@ SIZE, FRAMES, GOP, RATE = (1280, 720), 120, 48, 24
 def write(path, codec, options):
     """A window that pans over smooth noise."""
     g, (width, height) = np.random.default_rng(0), SIZE
-    noise = [Image.fromarray(g.integers(0, 256, (height // 8, width // 4), np.uint8)) for _ in range(3)]
-    scene = np.stack([np.asarray(n.resize((2 * width, height), Image.Resampling.BICUBIC)) for n in noise], -1)
+    noise = [
+        Image.fromarray(g.integers(0, 256, (height // 8, width // 4), np.uint8)) for _ in range(3)
+    ]
+    scene = np.stack(
+        [np.asarray(n.resize((2 * width, height), Image.Resampling.BICUBIC)) for n in noise], -1
+    )
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE, options=options)
         stream.width, stream.height, stream.gop_size = width, height, GOP
@@ -61,11 +65,14 @@ def floor(path, film, numbers, back=0):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         if numbers[0]:
-            container.seek(round(film.times[max(numbers[0] - back, 0)] / float(stream.time_base)), stream=stream)
+            container.seek(
+                round(film.times[max(numbers[0] - back, 0)] / float(stream.time_base)),
+                stream=stream,
+            )
         packets, began, done = container.demux(stream), time.perf_counter(), 0
         for packet in packets:
             for frame in packet.decode():
-                number = decode.nearest(film.times, float(frame.pts * frame.time_base))
+                number = video_decode.nearest_frames(film.times, float(frame.pts * frame.time_base))
                 if number in numbers:
                     frame.to_ndarray(format="rgb24")
                     done += 1
@@ -73,18 +80,18 @@ def floor(path, film, numbers, back=0):
                     return time.perf_counter() - began
     if back:
         raise ValueError(f"{path}: the window was not found")
-    return floor(path, film, numbers, decode.MOST_REORDERED)
+    return floor(path, film, numbers, video_decode.MAX_REORDERED_FRAMES)
 
 
 def measure(path, args):
     """Medians of one file."""
-    film, g, rows = decode.probe(path), np.random.default_rng(1), []
+    film, g, rows = video_decode.probe_video(path), np.random.default_rng(1), []
     for _ in range(args.rounds):
         start = int(g.integers(len(film.times) - args.num_frames))
         numbers = list(range(start, start + args.num_frames))
         least = floor(path, film, numbers)
         began = time.perf_counter()
-        list(decode.read(path, film.times, numbers))
+        list(video_decode.read_frames(path, film.times, numbers))
         rows.append((least, time.perf_counter() - began))
     began = time.perf_counter()
     with av.open(str(path)) as container:
@@ -103,19 +110,29 @@ def main(args):
     table = {}
     with tempfile.TemporaryDirectory() as folder:
         videos = {Path(path).name: Path(path) for path in args.videos}
-        for name, (suffix, codec, options) in () if videos else tqdm(CODECS.items(), desc="encoding", leave=False):
+        for name, (suffix, codec, options) in (
+            () if videos else tqdm(CODECS.items(), desc="encoding", leave=False)
+        ):
             videos_path = Path(folder, f"{name}.{suffix}")
             write(videos_path, codec, options)
             table[name] = measure(videos_path, args)
         table.update({name: measure(path, args) for name, path in videos.items()})
     for name, r in table.items():
-        print(f"{name:12}{r['floor_ms']:10.1f}{r['ours_ms']:9.1f}{r['ratio']:7.2f}{r['whole_ms']:10.1f}")
+        print(
+            f"{name:12}{r['floor_ms']:10.1f}{r['ours_ms']:9.1f}{r['ratio']:7.2f}{r['whole_ms']:10.1f}"
+        )
     print(json.dumps({"num_frames": args.num_frames, "rounds": args.rounds, "files": table}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", nargs="+", default=[], help="files of yours instead of those made here")
-    parser.add_argument("--num_frames", type=int, default=14, help="of a window; default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--videos", nargs="+", default=[], help="files of yours instead of those made here"
+    )
+    parser.add_argument(
+        "--num_frames", type=int, default=14, help="of a window; default: %(default)s"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="windows; default: %(default)s")
     main(parser.parse_args())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from svd_xtend import folders, order
+from svd_xtend.data import folder_index, sampler
 
 
 def make(root, videos, frames):
@@ -27,7 +27,7 @@ def make(root, videos, frames):
         os.mkdir(folder)
         for f in range(frames):
             os.close(os.open(os.path.join(folder, f"{f:04d}.jpg"), os.O_CREAT | os.O_WRONLY))
-    time.sleep(folders.SETTLED / 1e9)
+    time.sleep(folder_index.SETTLED / 1e9)
 
 
 def private(pid="self"):
@@ -38,7 +38,7 @@ def private(pid="self"):
 
 def worker(clips, count, answer):
     """What a loader process does: looks clips up, anywhere."""
-    drawn, before, began = order.Order(clips.pools(), 0), private(), time.perf_counter()
+    drawn, before, began = sampler.ClipSampler(clips.pools(), 0), private(), time.perf_counter()
     for index in range(count):
         clips[next(drawn.choices(index))]
     answer.put(((time.perf_counter() - began) / count, private() - before))
@@ -46,20 +46,25 @@ def worker(clips, count, answer):
 
 def main(args):
     """Measure and print."""
-    with tempfile.TemporaryDirectory(dir=args.folder) as root, tempfile.TemporaryDirectory() as cache:
+    with (
+        tempfile.TemporaryDirectory(dir=args.folder) as root,
+        tempfile.TemporaryDirectory() as cache,
+    ):
         os.environ["XDG_CACHE_HOME"] = cache
         make(root, args.videos, args.frames)
         seconds = {}
         for name in ("first start", "next start"):
             began = time.perf_counter()
-            clips = order.Clips(root, args.frames)
+            clips = sampler.ClipCollection(root, args.frames)
             seconds[name] = time.perf_counter() - began
         os.remove(Path(root, "video_0", "0000.jpg"))
         began = time.perf_counter()
-        assert len(order.Clips(root, args.frames)) == args.videos - 1
+        assert len(sampler.ClipCollection(root, args.frames)) == args.videos - 1
         seconds["after one has changed"] = time.perf_counter() - began
         answer = multiprocessing.Queue()
-        process = multiprocessing.get_context("fork").Process(target=worker, args=(clips, 20000, answer))
+        process = multiprocessing.get_context("fork").Process(
+            target=worker, args=(clips, 20000, answer)
+        )
         process.start()
         seconds["a sample's clip"], grown = answer.get()
         process.join()
@@ -67,17 +72,29 @@ def main(args):
     print(f"{args.videos} videos of {args.frames} frames, {os.cpu_count()} CPU cores")
     for name, value in seconds.items():
         print(f"  {name:24} {value:12.6f} s")
-    print(f"  index file               {size:9.1f} MiB, a loader process grows by {grown:.1f} MiB in 20000 samples")
+    print(
+        f"  index file               {size:9.1f} MiB, a loader process grows by {grown:.1f} MiB in 20000 samples"
+    )
     print(
         json.dumps(
-            {"videos": args.videos, "frames": args.frames, "seconds": seconds, "index_MiB": size, "worker_MiB": grown}
+            {
+                "videos": args.videos,
+                "frames": args.frames,
+                "seconds": seconds,
+                "index_MiB": size,
+                "worker_MiB": grown,
+            }
         )
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=int, default=20000, help="default: %(default)s")
     parser.add_argument("--frames", type=int, default=14, help="of each; default: %(default)s")
-    parser.add_argument("--folder", help="where to make them; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder", help="where to make them; default: the system's temporary folder"
+    )
     main(parser.parse_args())

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from svd_xtend import report, runs
-from svd_xtend.shapes import write_clips
+from svd_xtend.demo.synthetic_clips import write_clips
+from svd_xtend.evaluation import report
+from svd_xtend.training import run_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,20 +38,28 @@ def main(args):
         }.items()]  # fmt: skip
         subprocess.run([sys.executable, ROOT / "train_svd.py", *flags], check=True, cwd=folder)
         out = Path(folder, "out")
-        step = statistics.median(row["s/step"] for row in runs.rows_of(out / "metrics.jsonl"))
-        evaluations = [row["seconds"] for row in runs.rows_of(out / "held_out.jsonl")]
+        step = statistics.median(
+            row["s/step"] for row in run_record.read_rows(out / "metrics.jsonl")
+        )
+        evaluations = [row["seconds"] for row in run_record.read_rows(out / "held_out.jsonl")]
         began = time.perf_counter()
-        page = report.write(out).stat().st_size
+        page = report.write_report(out).stat().st_size
         page_seconds = time.perf_counter() - began
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    )
     share = statistics.mean(evaluations) / (500 * step)
     print(f"{device}: a step {step:.3f} s, an evaluation {statistics.mean(evaluations):.2f} s")
     print(f"  held-out loss, once in 500 steps   {share:.1%} of their time")
-    print(f"  report.html                        {page / 1e6:.2f} MB, {page_seconds:.2f} s to write")
+    print(
+        f"  report.html                        {page / 1e6:.2f} MB, {page_seconds:.2f} s to write"
+    )
     print(json.dumps({"device": device, "step": step, "evaluations": evaluations, "share": share, "page": page, "page_seconds": page_seconds}))  # fmt: skip
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60, help="of training; default: %(default)s")
     main(parser.parse_args())

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svd_xtend import fast_unet
+from svd_xtend.models import unet_optimizations
 
 BACKENDS = {
     "torch's choice": None,
@@ -57,7 +57,10 @@ class Table:
             return
         milliseconds = 1000 * statistics.median(seconds[1:])
         self.rows[name] = {"ms": milliseconds, "peak_GiB": peak}
-        print(f"{name:60}{milliseconds:9.2f} ms" + (f"{peak:9.3f} GiB" if peak is not None else ""), flush=True)
+        print(
+            f"{name:60}{milliseconds:9.2f} ms" + (f"{peak:9.3f} GiB" if peak is not None else ""),
+            flush=True,
+        )
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -74,7 +77,10 @@ def measure_attention(table: Table, dtype: torch.dtype, small: bool) -> None:
     if small:
         shapes = {"spatial": (2, 5, 64, 64), "temporal": (64, 5, 25, 64)}
     for place, shape in shapes.items():
-        q, k, v = (torch.randn(shape, device=table.device, dtype=dtype, requires_grad=True) for _ in range(3))
+        q, k, v = (
+            torch.randn(shape, device=table.device, dtype=dtype, requires_grad=True)
+            for _ in range(3)
+        )
         for name, backend in BACKENDS.items():
             if name == "math" and place.startswith("spatial") and not small:
                 continue  # 25 x 5 matrices of 9216 x 9216 would not fit
@@ -97,7 +103,9 @@ def make_vae(device: torch.device, small: bool):
     channels = (32, 32, 64, 64) if small else (128, 256, 512, 512)
     with torch.device(device):
         return AutoencoderKLTemporalDecoder(
-            down_block_types=("DownEncoderBlock2D",) * 4, block_out_channels=channels, layers_per_block=2
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            block_out_channels=channels,
+            layers_per_block=2,
         ).requires_grad_(False)
 
 
@@ -126,13 +134,21 @@ def measure_vae(table: Table, half: torch.dtype, small: bool) -> None:
     for chunk in (1, 2, 4, 8, 25):
         name = f"VAE encodes {len(frames)} frames, half precision, {chunk} at once"
         table.measure(name, lambda chunk=chunk: encode(chunk, half), 3)
-    table.measure(f"VAE decodes {len(latents)} frames, half precision, Conv3d", lambda: decode(half), 3)
-    fast_unet.speed_up(vae)
-    table.measure(f"VAE decodes {len(latents)} frames, half precision, its Conv3d as Conv2d", lambda: decode(half), 3)
+    table.measure(
+        f"VAE decodes {len(latents)} frames, half precision, Conv3d", lambda: decode(half), 3
+    )
+    unet_optimizations.speed_up(vae)
+    table.measure(
+        f"VAE decodes {len(latents)} frames, half precision, its Conv3d as Conv2d",
+        lambda: decode(half),
+        3,
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="small sizes")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,7 +29,8 @@ import PIL
 import torch
 from PIL import Image, ImageOps
 
-from svd_xtend import cache, video
+from svd_xtend.data import images
+from svd_xtend.data.latent_cache import clip_digest, write_cached_clip
 from train_svd import DummyDataset
 
 SOURCE = (1280, 720)  # width and height of the frames on disk, pixels
@@ -43,7 +44,9 @@ def write_frames(folder, suffix, num_frames):
     wide, scene = (width + PAN * num_frames, height), 128
     for octave in range(7):
         noise = g.normal(0, 64 / 2**octave, (3, 4 << octave, 6 << octave)).astype(np.float32)
-        scene = scene + np.stack([Image.fromarray(n).resize(wide, Image.Resampling.BICUBIC) for n in noise], axis=-1)
+        scene = scene + np.stack(
+            [Image.fromarray(n).resize(wide, Image.Resampling.BICUBIC) for n in noise], axis=-1
+        )
     Path(folder, "pan").mkdir(parents=True)
     for f in range(num_frames):
         window = scene[:, PAN * f : PAN * f + width] + g.normal(0, GRAIN, (height, width, 3))
@@ -54,9 +57,11 @@ def write_frames(folder, suffix, num_frames):
 def write_cache(folder, clip, width, height):
     """A latent cache of the video in SVD's shapes and half precision; random values, read as fast as true ones."""
     Path(folder).mkdir(parents=True)
-    tensors = {name: torch.randn(len(clip), 4, height // 8, width // 8).half() for name in ("mean", "std")}
+    tensors = {
+        name: torch.randn(len(clip), 4, height // 8, width // 8).half() for name in ("mean", "std")
+    }
     tensors["image_embeds"] = torch.randn(len(clip), 1024).half()
-    cache.write(folder, clip, cache.digest_of(clip), tensors)
+    write_cached_clip(folder, clip, clip_digest(clip), tensors)
     return folder
 
 
@@ -73,11 +78,18 @@ def full_decode(frames, width, height):
 
 def variants(folder, latent_cache, width, height, num_frames):
     """{name: reads the clip}: the full decode first, what the others are compared with."""
-    frames, how = video.list_frames(Path(folder, "pan")), (width, height, num_frames, 7, 127, "crop", 0)
+    frames, how = (
+        images.list_frames(Path(folder, "pan")),
+        (width, height, num_frames, 7, 127, "crop", 0),
+    )
     ours = DummyDataset(folder, *how)
     cached = DummyDataset(folder, *how, write_cache(latent_cache, ours.clips[0], width, height))
     full = partial(full_decode, frames, width, height)
-    return {"full decode": full, "ours": partial(ours.__getitem__, 0), "cached": partial(cached.__getitem__, 0)}
+    return {
+        "full decode": full,
+        "ours": partial(ours.__getitem__, 0),
+        "cached": partial(cached.__getitem__, 0),
+    }
 
 
 def psnr(pixel_values, reference):
@@ -102,14 +114,20 @@ def measure(reads, rounds):
             "x_full": statistics.median(a / b for a, b in zip(own, seconds["full decode"])),
             "MB": sum(value.nbytes for value in items[name].values() if hasattr(value, "nbytes")) / 1e6,
         }  # fmt: skip
-    rows["ours"]["psnr_dB"] = psnr(items["ours"]["pixel_values"], items["full decode"]["pixel_values"])
+    rows["ours"]["psnr_dB"] = psnr(
+        items["ours"]["pixel_values"], items["full decode"]["pixel_values"]
+    )
     return rows
 
 
 def main(args):
     """Write the frames of each format, measure them at each size, print a table and the same as JSON."""
-    print(f"{args.num_frames} frames of {SOURCE[0]}x{SOURCE[1]}, Pillow {PIL.__version__}, CPU time of one thread")
-    print(f"{'format':8}{'size':10}{'variant':13}{'CPU ms':>9}{'clips/s':>9}{'x full':>8}{'MB':>9}{'PSNR dB':>9}")
+    print(
+        f"{args.num_frames} frames of {SOURCE[0]}x{SOURCE[1]}, Pillow {PIL.__version__}, CPU time of one thread"
+    )
+    print(
+        f"{'format':8}{'size':10}{'variant':13}{'CPU ms':>9}{'clips/s':>9}{'x full':>8}{'MB':>9}{'PSNR dB':>9}"
+    )
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for suffix in args.formats:
@@ -117,19 +135,34 @@ def main(args):
             write_frames(base, suffix, args.num_frames)
             for size in args.sizes:
                 width, height = map(int, size.split("x"))
-                reads = variants(base, Path(folder, "cache", suffix, size), width, height, args.num_frames)
+                reads = variants(
+                    base, Path(folder, "cache", suffix, size), width, height, args.num_frames
+                )
                 for name, r in measure(reads, args.rounds).items():
                     table.append({"format": suffix, "size": size, "variant": name, **r})
-                    decibel = "" if name != "ours" else f"{r['psnr_dB']:.1f}" if r["psnr_dB"] else "equal"
+                    decibel = (
+                        "" if name != "ours" else f"{r['psnr_dB']:.1f}" if r["psnr_dB"] else "equal"
+                    )
                     print(
                         f"{suffix:8}{size:10}{name:13}{r['cpu_ms']:9.1f}{r['clips_per_cpu_second']:9.2f}"
                         f"{r['x_full']:8.3f}{r['MB']:9.2f}{decibel:>9}", flush=True,
                     )  # fmt: skip
-    print(json.dumps({"num_frames": args.num_frames, "rounds": args.rounds, "pillow": PIL.__version__, "rows": table}))
+    print(
+        json.dumps(
+            {
+                "num_frames": args.num_frames,
+                "rounds": args.rounds,
+                "pillow": PIL.__version__,
+                "rows": table,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # fmt: off
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--sizes", nargs="+", default=["512x320", "1024x576"], help="width x height that the loader resizes to; default: %(default)s")

@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from svd_xtend import motion, shapes
-from svd_xtend.checkpoints import load_svd
-from svd_xtend.runs import best_precision
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.data import motion
+from svd_xtend.demo import synthetic_clips
+from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.models.loading import load_svd
+from svd_xtend.models.precision import best_precision
 
 ROOT = Path(__file__).parents[1]
 BUCKETS = (43, 85, 128, 170, 213)  # the middles of the three speeds' thirds, and between them
@@ -56,7 +57,11 @@ def train(start, clips, bucket, args):
         max_train_steps=args.steps, checkpointing_steps=args.steps, checkpoints_total_limit=1, validation_steps=0, seed=1,
         mixed_precision=best_precision(), output_dir=out,
     )  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_svd.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    command = [
+        sys.executable,
+        str(ROOT / "train_svd.py"),
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
     subprocess.run(command, check=True)
     return out
 
@@ -69,15 +74,15 @@ def sweep(folder, clips):
         fell, kept, moved = [], [], []
         for i, clip in enumerate(clips):
             frames = pipe(
-                Image.fromarray(clip.frames[0]), 48, 64, 8, num_inference_steps=10, fps=shapes.FPS,
+                Image.fromarray(clip.frames[0]), 48, 64, 8, num_inference_steps=10, fps=synthetic_clips.FPS,
                 motion_bucket_id=bucket, generator=torch.Generator().manual_seed(i),
             ).frames[0]  # fmt: skip
             frames = np.stack([np.asarray(frame) for frame in frames])
-            centroids, areas = shapes.segment(frames, clip.colors)
+            centroids, areas = synthetic_clips.segment_shapes(frames, clip.colors)
             there = (areas[-1] > 0.4 * clip.areas[0]) & (areas[-1] < 2 * clip.areas[0])
             fell += (centroids[-1] - centroids[0])[there, 1].tolist()
             kept += there.tolist()
-            moved.append(motion.score(frames, 1 / shapes.FPS))
+            moved.append(motion.motion_score(frames, 1 / synthetic_clips.FPS))
         error = np.std(fell) / max(len(fell), 1) ** 0.5
         rows[bucket] = {"fall": float(np.mean(fell)), "error": float(error), "kept": float(np.mean(kept)), "motion": float(np.mean(moved))}  # fmt: skip
     return rows
@@ -92,10 +97,24 @@ def draw(file, table):
     for (name, rows), color in zip(table.items(), (motion.BLUE, motion.ORANGE)):
         falls, errors = [r["fall"] for r in rows.values()], [r["error"] for r in rows.values()]
         label = "own bucket of each clip" if name == "auto" else f"{name} for all clips"
-        axes.errorbar(list(rows), falls, errors, color=color, marker="o", capsize=3, lw=2, label=label)
+        axes.errorbar(
+            list(rows), falls, errors, color=color, marker="o", capsize=3, lw=2, label=label
+        )
     for third, (speed, fall) in zip((1, 86, 171), FALL.items()):
-        axes.hlines(fall, third, third + 84, color="#999999", ls=":", label="the true clips" if speed == 64 else None)
-    axes.set(xlabel="motion_bucket_id", ylabel="pixels fallen in 7 frames", ylim=(0, 28), xticks=[1, *BUCKETS, 255])
+        axes.hlines(
+            fall,
+            third,
+            third + 84,
+            color="#999999",
+            ls=":",
+            label="the true clips" if speed == 64 else None,
+        )
+    axes.set(
+        xlabel="motion_bucket_id",
+        ylabel="pixels fallen in 7 frames",
+        ylim=(0, 28),
+        xticks=[1, *BUCKETS, 255],
+    )
     axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
 
@@ -103,29 +122,49 @@ def draw(file, table):
 def main(args):
     """Draw the clips, train both, sweep both."""
     out = Path(args.output_dir)
-    shapes.write_clips(out / "clips", "fall", args.clips, seed=5)
+    synthetic_clips.write_clips(out / "clips", "fall", args.clips, seed=5)
     for file in (out / "clips").glob("*/clip.json"):
-        file.write_text(json.dumps({"fps": shapes.FPS}))  # nothing tells the speed
+        file.write_text(json.dumps({"fps": synthetic_clips.FPS}))  # nothing tells the speed
     if not (out / "start" / "model_index.json").exists():
         forget_buckets(load_svd(str(TINY_SVD), torch.float32)).save_pretrained(out / "start")
-    every = (shapes.make_clip((shapes.HELD_OUT_SEED, i), "fall") for i in range(10**6))
-    held_out = [clip for clip, _ in zip((c for c in every if c.motion_bucket_id == 190), range(args.pictures))]
-    table = {bucket: sweep(train(out / "start", out / "clips", bucket, args), held_out) for bucket in ("auto", "127")}
+    every = (
+        synthetic_clips.make_clip((synthetic_clips.HELD_OUT_SEED, i), "fall") for i in range(10**6)
+    )
+    held_out = [
+        clip
+        for clip, _ in zip((c for c in every if c.motion_bucket_id == 190), range(args.pictures))
+    ]
+    table = {
+        bucket: sweep(train(out / "start", out / "clips", bucket, args), held_out)
+        for bucket in ("auto", "127")
+    }
     print(f"{'trained with':14}{'at':>6}{'pixels':>9}{'+-':>6}{'kept':>7}{'motion':>8}")
     for name, rows in table.items():
         for bucket, r in rows.items():
-            print(f"{name:14}{bucket:6}{r['fall']:9.2f}{r['error']:6.2f}{r['kept']:7.2f}{r['motion']:8.3f}")
+            print(
+                f"{name:14}{bucket:6}{r['fall']:9.2f}{r['error']:6.2f}{r['kept']:7.2f}{r['motion']:8.3f}"
+            )
     picture = Path(args.picture or out / "motion.png")
     draw(picture, table)
     print(f"look at {picture}")
-    print(json.dumps({"steps": args.steps, "clips": args.clips, "pictures": args.pictures, "models": table}))
+    print(
+        json.dumps(
+            {"steps": args.steps, "clips": args.clips, "pictures": args.pictures, "models": table}
+        )
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of each training; default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of each training; default: %(default)s"
+    )
     parser.add_argument("--clips", type=int, default=90, help="to train on; default: %(default)s")
-    parser.add_argument("--pictures", type=int, default=16, help="held out, that are animated; default: %(default)s")
+    parser.add_argument(
+        "--pictures", type=int, default=16, help="held out, that are animated; default: %(default)s"
+    )
     parser.add_argument("--output_dir", default="outputs/motion", help="default: %(default)s")
     parser.add_argument("--picture", help="default: motion.png in the output folder")
     main(parser.parse_args())

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import Accelerator
 
-from svd_xtend import checkpoints, processes
+from svd_xtend.training import checkpoints, distributed
 
 
 class Averages:
@@ -34,7 +34,9 @@ def made(gib):
     """(accelerator, model, optimizer with its averages, schedule, EMA) of so much weight, in tensors as large as SVD's."""
     accelerator = Accelerator()
     count = max(1, round(gib * 2**30 / (4 * 1280 * 1280)))
-    model = torch.nn.ParameterList([torch.randn(1280, 1280, device=accelerator.device) for _ in range(count)])
+    model = torch.nn.ParameterList(
+        [torch.randn(1280, 1280, device=accelerator.device) for _ in range(count)]
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     for p in model:
         p.grad = torch.ones_like(p)
@@ -48,7 +50,7 @@ def made(gib):
 def copy_all(model, optimizer, ema):
     """The copy that no checkpoint can do without."""
     states = [v for state in optimizer.state.values() for v in state.values()]
-    return [processes.collect(t) for t in [*model, *states, *ema.shadow_params]]
+    return [distributed.gather_tensor(t) for t in [*model, *states, *ema.shadow_params]]
 
 
 def main(args):
@@ -56,7 +58,7 @@ def main(args):
     accelerator, model, optimizer, schedule, ema = made(args.GiB)
     rows = {"copy": [], "save": [], "written": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as out:
-        saver = checkpoints.Saver(accelerator, out, 1, model, optimizer, schedule, ema)
+        saver = checkpoints.CheckpointManager(accelerator, out, 1, model, optimizer, schedule, ema)
         for i in range(args.rounds + 1):
             began = time.perf_counter()
             kept = copy_all(model, optimizer, ema)
@@ -70,8 +72,13 @@ def main(args):
                 rows["copy"].append(copied - began)
                 rows["save"].append(saved - started)
                 rows["written"].append(time.perf_counter() - started)
-        size = sum(f.stat().st_size for f in Path(out, f"checkpoint-{args.rounds + 1}").iterdir()) / 2**30
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+        size = (
+            sum(f.stat().st_size for f in Path(out, f"checkpoint-{args.rounds + 1}").iterdir())
+            / 2**30
+        )
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    )
     median = {name: statistics.median(values) for name, values in rows.items()}
     ratio = statistics.median(s / c for s, c in zip(rows["save"], rows["copy"]))
     print(f"{size:.2f} GiB, {device}, median of {args.rounds}")
@@ -83,7 +90,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--GiB", type=float, default=0.5, help="of weights; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     parser.add_argument("--folder", help="where to write; default: the system's temporary folder")

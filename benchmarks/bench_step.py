@@ -30,14 +30,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import train_svd
-from svd_xtend import checkpoints, fast_unet, memory, runs
-from svd_xtend.checkpoints import load_svd
-from svd_xtend.lora import inject_lora
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.models import activation_checkpointing, loading, precision, unet_optimizations
+from svd_xtend.models.loading import load_svd
+from svd_xtend.models.lora import inject_lora
+from svd_xtend.training import memory_estimate
+from svd_xtend.training.optimizers import OPTIMIZERS, make_optimizer
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF_WIDTH = dict(
-    block_out_channels=(160, 320, 640, 640), num_attention_heads=(5, 10, 20, 20), addition_time_embed_dim=256
+    block_out_channels=(160, 320, 640, 640),
+    num_attention_heads=(5, 10, 20, 20),
+    addition_time_embed_dim=256,
 )
 PEAK_TFLOPS = {
     "H100": 989,
@@ -48,7 +52,13 @@ PEAK_TFLOPS = {
     "L4": 121,
 }  # dense, half precision; vendors'
 DIFFUSERS = dict(
-    fast=False, policy="none", autocast=True, encode="cached", compile=False, offload=False, optimizer="adamw"
+    fast=False,
+    policy="none",
+    autocast=True,
+    encode="cached",
+    compile=False,
+    offload=False,
+    optimizer="adamw",
 )
 OURS = DIFFUSERS | dict(fast=True, autocast=False)
 VARIANTS = {  # the first is what the others are compared with
@@ -57,7 +67,10 @@ VARIANTS = {  # the first is what the others are compared with
     "diffusers, its checkpointing": DIFFUSERS | dict(policy="diffusers"),
     "ours": OURS,
     "ours, encoding live": OURS | dict(encode="live"),
-    **{f"ours, {policy}": OURS | dict(policy=policy) for policy in list(fast_unet.POLICIES)[1:]},
+    **{
+        f"ours, {policy}": OURS | dict(policy=policy)
+        for policy in list(activation_checkpointing.POLICIES)[1:]
+    },
     "ours, nested, offload": OURS | dict(policy="nested", offload=True),
     "ours, adamw_bf16_sr": OURS | dict(optimizer="adamw_bf16_sr"),
     "ours, compile": OURS | dict(compile=True),
@@ -73,7 +86,9 @@ def make_pipe(args, device):
     from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512])
+    blocks = dict(
+        down_block_types=["DownEncoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512]
+    )
     huge = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, projection_dim=1024, num_hidden_layers=32,
                             num_attention_heads=16, patch_size=14, hidden_act="gelu")  # fmt: skip
     with torch.device(device):
@@ -93,10 +108,10 @@ def make_unet(stock, how, args, optimizers, device):
     unet = copy.deepcopy(stock, {id(p): p for p in stock.parameters()} if shared else {}).to(device)
     unet.requires_grad_(False)
     if how["fast"]:
-        fast_unet.speed_up(unet)
+        unet_optimizations.speed_up(unet)
     model = unet
     if args.method == "boxes":
-        model = memory.KINDS["boxes"](unet, args)
+        model = memory_estimate.PREPARE_BY_KIND["boxes"](unet, args)
     elif args.method == "lora":
         inject_lora(unet, 16, 16, ["attention"])
         for module in unet.modules() if not how["fast"] else []:
@@ -104,24 +119,24 @@ def make_unet(stock, how, args, optimizers, device):
                 module.__dict__.pop("forward", None)  # PEFT's own
     else:
         train_svd.select_parameters(unet, SimpleNamespace(train_params=[]))
-    master = getattr(torch, runs.OPTIMIZERS[how["optimizer"]][0])
+    master = getattr(torch, OPTIMIZERS[how["optimizer"]][0])
     model.to(device)
     for p in model.parameters():
         p.data = p.data.to(master if p.requires_grad else half)
     if how["compile"]:
-        fast_unet.compile_blocks(unet)
+        unet_optimizations.compile_blocks(unet)
     if how["policy"] == "diffusers":
         unet.enable_gradient_checkpointing()
     else:
-        fast_unet.checkpoint(model, how["policy"])
+        activation_checkpointing.checkpoint_activations(model, how["policy"])
     if not how["autocast"] and half != torch.float32:
-        fast_unet.cast_inputs(unet, half)
-        fast_unet.compute_in(model, half)
-    trained = checkpoints.trainable_parameters(model)
+        precision.cast_inputs(unet, half)
+        precision.compute_in(model, half)
+    trained = loading.trainable_parameters(model)
     told = SimpleNamespace(optimizer=how["optimizer"], mixed_precision=args.precision, learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999,
                            adam_weight_decay=0.01, adam_epsilon=None, seed=0)  # fmt: skip
     key = id(next(iter(trained.values()))), how["optimizer"]
-    optimizers[key] = optimizers.get(key) or runs.make_optimizer(trained, told)
+    optimizers[key] = optimizers.get(key) or make_optimizer(trained, told)
     return model.train(), optimizers[key]
 
 
@@ -149,23 +164,36 @@ def one_step(variant, pipe, batch, args, device):
     clock, pixels, noise = Clock(device), batch["pixel_values"], batch["noise"]
     live = how["encode"] == "live"
     chunk = 8 if how["policy"] == "diffusers" else 1
-    latents = train_svd.encode_video(pipe.vae, pixels, noise, chunk, None if live else batch["moments"])
+    latents = train_svd.encode_video(
+        pipe.vae, pixels, noise, chunk, None if live else batch["moments"]
+    )
     clock.lap("VAE")
     embeds = train_svd.embed_image(pipe, pixels[:, 0]) if live else batch["image_embeds"]
     clock.lap("CLIP")
     _, image_latents, ids = train_svd.condition(pipe, pixels[:, 0], *batch["told"], noise, embeds)
     clock.lap("VAE, first frame")
     inputs = torch.cat([latents, image_latents[:, None].expand_as(latents)], dim=2)
-    with torch.autocast(device.type, DTYPES[args.precision], enabled=how["autocast"] and args.precision != "no"):
-        forward = fast_unet.offloaded(unet, unet) if how["offload"] else unet
-        loss = (forward(inputs, noise.normal(), embeds, ids, **batch["cond"]).sample.float() - latents).square().mean()
+    with torch.autocast(
+        device.type, DTYPES[args.precision], enabled=how["autocast"] and args.precision != "no"
+    ):
+        forward = (
+            activation_checkpointing.offload_activations(unet, unet) if how["offload"] else unet
+        )
+        loss = (
+            (forward(inputs, noise.normal(), embeds, ids, **batch["cond"]).sample.float() - latents)
+            .square()
+            .mean()
+        )
     clock.lap("forward")
     loss.backward()
     clock.lap("backward")
     optimizer.step()
     optimizer.zero_grad()
     clock.lap("optimizer")
-    return clock.seconds, torch.cuda.max_memory_allocated() / memory.GIB if device.type == "cuda" else None
+    return (
+        clock.seconds,
+        torch.cuda.max_memory_allocated() / memory_estimate.GIB if device.type == "cuda" else None,
+    )
 
 
 def make_batch(pipe, args, device, scale):
@@ -176,7 +204,12 @@ def make_batch(pipe, args, device, scale):
         corner = torch.rand(b, 1, 8, 2, device=device) / 2
         boxes = torch.cat([corner, corner + 0.3], -1).expand(b, f, 8, 4)
         there = torch.ones(b, f, 8, device=device)
-        cond = {"boxes": boxes, "valid": there, "hard": there, "colors": torch.rand(b, 8, 3, device=device)}
+        cond = {
+            "boxes": boxes,
+            "valid": there,
+            "hard": there,
+            "colors": torch.rand(b, 8, 3, device=device),
+        }
     pixels = torch.rand(b, f, 3, h, w, device=device) * 2 - 1
     return {
         "cond": cond, "pixel_values": pixels, "noise": train_svd.SampleNoise(0, torch.arange(b), device),
@@ -189,7 +222,10 @@ def make_batch(pipe, args, device, scale):
 def measure(names, pipe, stock, args, device, batch):
     """{variant: {phases: medians of seconds, seconds: of each round, peak}} of variants that run in turn."""
     optimizers = {}
-    made = {name: (*make_unet(stock, VARIANTS[name], args, optimizers, device), VARIANTS[name]) for name in names}
+    made = {
+        name: (*make_unet(stock, VARIANTS[name], args, optimizers, device), VARIANTS[name])
+        for name in names
+    }
     rows = {name: {"rounds": [], "peak_GiB": None} for name in names}
     for i in range(args.rounds + 1):
         for name, variant in made.items():
@@ -255,7 +291,9 @@ def data_seconds(args):
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "frames")
         bench_loader.write_frames(base, "jpeg", args.num_frames)
-        reads = bench_loader.variants(base, Path(folder, "cache"), args.width, args.height, args.num_frames)
+        reads = bench_loader.variants(
+            base, Path(folder, "cache"), args.width, args.height, args.num_frames
+        )
         told = {}
         for name, variant in (("live", "ours"), ("cached", "cached")):
             seconds = []
@@ -279,7 +317,9 @@ def model_tflop(args):
     known = json.loads(file.read_text()) if file.exists() else {}
     key = f"{args.method} {args.width}x{args.height}x{args.num_frames}"
     if key not in known:
-        known[key] = count_flops(args.method, "none", args.width, args.height, args.num_frames)[1] / 1e12
+        known[key] = (
+            count_flops(args.method, "none", args.width, args.height, args.num_frames)[1] / 1e12
+        )
         file.write_text(json.dumps(known, indent=1) + "\n")
     return args.batch_size * known[key]
 
@@ -291,7 +331,11 @@ def predicted_peak(name, args):
     how = VARIANTS[name]
     if args.model != "full" or not how["fast"]:
         return None
-    script = {"lora": "train_svd_lora.py", "full": "train_svd.py", "boxes": "train_svd_tracklet.py"}[args.method]
+    script = {
+        "lora": "train_svd_lora.py",
+        "full": "train_svd.py",
+        "boxes": "train_svd_tracklet.py",
+    }[args.method]
     flags = [f"--{flag}={getattr(args, flag)}" for flag in ("width", "height", "num_frames")]
     flags += [f"--mixed_precision={args.precision}", f"--gradient_checkpointing={how['policy']}", "--validation_steps=0",
               f"--optimizer={how['optimizer']}", f"--per_gpu_batch_size={args.batch_size}"]  # fmt: skip
@@ -307,7 +351,11 @@ class Report:
     PHASES = ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
 
     def __init__(self, device, args):
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
         title = f"{args.model} {args.method} {args.width}x{args.height}x{args.num_frames} batch {args.batch_size}"
         print(f"{title}, {args.precision}, {name}")
         self.args, self.tflop, self.data = args, model_tflop(args), {"live": None, "cached": None}
@@ -315,12 +363,24 @@ class Report:
             self.data = data_seconds(args)
         self.peak_tflops = next((t for card, t in PEAK_TFLOPS.items() if card in name), None)
         columns = "".join(f"{p[:9]:>10}" for p in (*self.PHASES, "data"))
-        print(f"{'':30}{'s/step':>8}{'x faster':>9}{columns}{'peak GiB':>10}{'predicted':>10}{'MFU':>7}", flush=True)
-        self.document = {"device": name, "torch": torch.__version__, **vars(args), "tflop": self.tflop, "variants": {}}
+        print(
+            f"{'':30}{'s/step':>8}{'x faster':>9}{columns}{'peak GiB':>10}{'predicted':>10}{'MFU':>7}",
+            flush=True,
+        )
+        self.document = {
+            "device": name,
+            "torch": torch.__version__,
+            **vars(args),
+            "tflop": self.tflop,
+            "variants": {},
+        }
 
     def add(self, variant, row, first):
         """Print and keep a variant's row; `first`: the row that it is compared with."""
-        document = {"peak_GiB": row["peak_GiB"], "predicted_GiB": predicted_peak(variant, self.args)}
+        document = {
+            "peak_GiB": row["peak_GiB"],
+            "predicted_GiB": predicted_peak(variant, self.args),
+        }
         self.document["variants"][variant] = document
         predicted = f"{document['predicted_GiB']:10.2f}" if document["predicted_GiB"] else " " * 10
         if not row["rounds"]:
@@ -329,9 +389,13 @@ class Report:
             totals = [sum(seconds.values()) for seconds in row["rounds"]]
             base = [sum(seconds.values()) for seconds in first["rounds"]]
             document["seconds"] = statistics.median(totals)
-            document |= {phase: statistics.median(s[phase] for s in row["rounds"]) for phase in self.PHASES}
+            document |= {
+                phase: statistics.median(s[phase] for s in row["rounds"]) for phase in self.PHASES
+            }
             document["data"] = self.data[VARIANTS[variant]["encode"]]
-            document["x_faster"] = statistics.median(b / a for a, b in zip(totals, base)) if base else None
+            document["x_faster"] = (
+                statistics.median(b / a for a, b in zip(totals, base)) if base else None
+            )
             mfu = None
             if self.tflop and self.peak_tflops:
                 mfu = self.tflop / document["seconds"] / self.peak_tflops
@@ -347,7 +411,9 @@ class Report:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # fmt: off
     parser.add_argument("--model", choices=["tiny", "half", "full"], default="tiny", help="the embedded SVD, or SVD's layout with random weights, at half its width or whole")
     parser.add_argument("--method", choices=["full", "lora", "boxes"], default="full")

@@ -20,14 +20,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode  # private, but torch's own way to run without data
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode,  # private, but torch's own way to run without data
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore  # and its own way to be one process of many
+from torch.testing._internal.distributed.fake_pg import (
+    FakeStore,  # and its own way to be one process of many
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_xtend import memory, processes
-from svd_xtend.tiny import build_unet
+from svd_xtend.demo.tiny_svd import build_unet
+from svd_xtend.training import distributed, memory_estimate
 
 GIB = 2**30
 STRATEGIES = ("DDP", "ZeRO-2", "FSDP2")
@@ -56,7 +60,7 @@ class Collectives(TorchDispatchMode):
 
 def config_of(model):
     """Of SVD's UNet, or of the embedded one."""
-    return memory.svd_config() if model == "svd" else build_unet().config
+    return memory_estimate.svd_config() if model == "svd" else build_unet().config
 
 
 def count(method, gpus, model="svd"):
@@ -68,18 +72,25 @@ def count(method, gpus, model="svd"):
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     mesh = init_device_mesh("cpu", (gpus,))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet, whole = memory.fake_model(config, memory.KINDS[method], told, "blocks")
+        unet, whole = memory_estimate.make_fake_model(
+            config, memory_estimate.PREPARE_BY_KIND[method], told, "blocks"
+        )
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-        frozen = sum(p.numel() * p.element_size() for p in whole.parameters() if not p.requires_grad)
+        frozen = sum(
+            p.numel() * p.element_size() for p in whole.parameters() if not p.requires_grad
+        )
         for module in reversed(list(whole.modules())):  # as accelerate does it, children first
-            if type(module).__name__ in processes.SHARDED or module is whole:
+            if type(module).__name__ in distributed.SHARDED or module is whole:
                 fully_shard(module, mesh=mesh)
         own = [(p.to_local(), p.requires_grad) for p in whole.parameters()]
-        x, cond = memory.fake_inputs(unet, told)
+        x, cond = memory_estimate.make_fake_inputs(unet, told)
         with Collectives() as seen:
             whole(*x, **cond).sample.float().square().mean().backward()
     dist.destroy_process_group()
-    ring, weights = (gpus - 1) / gpus, 4 * trained  # bytes; trained weights, their gradients, each average: float32
+    ring, weights = (
+        (gpus - 1) / gpus,
+        4 * trained,
+    )  # bytes; trained weights, their gradients, each average: float32
     shard = sum(p.numel() * p.element_size() * (4 if trains else 1) for p, trains in own)
     return {
         "DDP": {"sent": 2 * ring * weights, "held": frozen + 4 * weights},
@@ -102,16 +113,35 @@ def main(args):
                 for s in map(result.get, STRATEGIES)
             ]
             print(f"| {method}, {gpus} GPUs | " + " | ".join(cells) + " |", flush=True)
-    print(json.dumps({"within": args.within, "between": args.between, "model": args.model, "results": results}))
+    print(
+        json.dumps(
+            {
+                "within": args.within,
+                "between": args.between,
+                "model": args.model,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512], help="default: 8 64 512")
-    parser.add_argument(
-        "--method", nargs="+", choices=list(memory.KINDS), default=["full", "lora"], help="default: full lora"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=["svd", "tiny"], default="svd", help="SVD's UNet, or the embedded one")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[8, 64, 512], help="default: 8 64 512"
+    )
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=list(memory_estimate.PREPARE_BY_KIND),
+        default=["full", "lora"],
+        help="default: full lora",
+    )
+    parser.add_argument(
+        "--model", choices=["svd", "tiny"], default="svd", help="SVD's UNet, or the embedded one"
+    )
     parser.add_argument(
         "--within",
         type=float,

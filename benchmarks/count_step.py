@@ -17,16 +17,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode  # private, but torch's own way to run without data
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode,  # private, but torch's own way to run without data
+)
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from svd_xtend import fast_unet, memory
+from svd_xtend.models import activation_checkpointing, precision
+from svd_xtend.training import memory_estimate
 
 aten = torch.ops.aten
 ATTENTION = {  # torch counts attention on GPUs only
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
-        g, q, k, v
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g, q, k, v)
     ),
 }
 
@@ -38,7 +43,7 @@ def stock_model():
     unet = UNetSpatioTemporalConditionModel()
     for p in unet.parameters():
         p.data = p.data.bfloat16()
-    fast_unet.cast_inputs(unet, torch.bfloat16)
+    precision.cast_inputs(unet, torch.bfloat16)
     return unet, unet
 
 
@@ -52,9 +57,11 @@ def count_flops(method, policy, width, height, frames):
         unet, model = (
             stock_model()
             if method == "base"
-            else memory.fake_model(memory.svd_config(), memory.KINDS[kind], args, policy)
+            else memory_estimate.make_fake_model(
+                memory_estimate.svd_config(), memory_estimate.PREPARE_BY_KIND[kind], args, policy
+            )
         )
-        x, cond = memory.fake_inputs(unet, args)
+        x, cond = memory_estimate.make_fake_inputs(unet, args)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops:
             loss = model(*x, **cond).sample.float().square().mean()
             forward = flops.get_total_flops()
@@ -67,7 +74,9 @@ def count(method, policy, width, height, frames):
     forward, step = count_flops(method, policy, width, height, frames)
     weights, peak = 0, 0
     if method != "base":
-        weights, peak = memory.count_kind(method, policy, False, width, height, frames)
+        weights, peak = memory_estimate.count_kind_memory(
+            method, policy, False, width, height, frames
+        )
     return {"method": method, "policy": policy, "size": f"{width}x{height}x{frames}", "forward_TFLOP": forward / 1e12,
             "step_TFLOP": step / 1e12, "weights_GiB": weights, "peak_GiB": weights + peak}  # fmt: skip
 
@@ -75,7 +84,9 @@ def count(method, policy, width, height, frames):
 def compare(args):
     """Count each method under each policy, print a table and the same as JSON."""
     rows = []
-    print(f"{'size':14}{'method':11}{'policy':9}{'forward TF':>12}{'step TF':>10}{'weights GiB':>13}{'peak GiB':>10}")
+    print(
+        f"{'size':14}{'method':11}{'policy':9}{'forward TF':>12}{'step TF':>10}{'weights GiB':>13}{'peak GiB':>10}"
+    )
     for method in args.method:
         for policy in args.policy if method != "base" else ["none"]:
             r = count(method, policy, args.width, args.height, args.num_frames)
@@ -95,14 +106,20 @@ def readme_table():
     print("| | " + " | ".join(f"{card} GB" for card in cards) + " |")
     print("|---|" + "---|" * len(cards))
     document = []
-    for script, name in (("train_svd_lora.py", "LoRA"), ("train_svd_tracklet.py", "boxes"), ("train_svd.py", "full")):
+    for script, name in (
+        ("train_svd_lora.py", "LoRA"),
+        ("train_svd_tracklet.py", "boxes"),
+        ("train_svd.py", "full"),
+    ):
         for w, h, f in sizes:
             argv = [f"--width={w}", f"--height={h}", f"--num_frames={f}", "--mixed_precision=bf16"]
             job, cells = make_job(script, argv, exact=False), []
             for card in cards:
-                found = memory.fit(job, card * memory.USABLE)
+                found = memory_estimate.fit_to_budget(job, card * memory_estimate.USABLE_FRACTION)
                 cells.append(abbreviated(found))
-                document.append({"script": script, "size": [w, h, f], "card": card, "flags": found and found[0]})
+                document.append(
+                    {"script": script, "size": [w, h, f], "card": card, "flags": found and found[0]}
+                )
             print(f"| {name} {w}x{h} x {f} | " + " | ".join(cells) + " |")
     print(json.dumps(document))
 
@@ -118,10 +135,12 @@ def abbreviated(found):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # fmt: off
-    parser.add_argument("--method", nargs="+", choices=["base", "full_bf16", *memory.KINDS], default=["lora", "boxes"], help="base: full training of diffusers' own UNet, without this project's changes")
-    parser.add_argument("--policy", nargs="+", choices=fast_unet.POLICIES, default=["blocks"])
+    parser.add_argument("--method", nargs="+", choices=["base", "full_bf16", *memory_estimate.PREPARE_BY_KIND], default=["lora", "boxes"], help="base: full training of diffusers' own UNet, without this project's changes")
+    parser.add_argument("--policy", nargs="+", choices=activation_checkpointing.POLICIES, default=["blocks"])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--height", type=int, default=320)
     parser.add_argument("--num_frames", type=int, default=14)

@@ -50,13 +50,13 @@ measure() { # name, flags of bench_step.py
 }
 
 precisions="bf16 fp16"
-if [ "$device" = CPU ]; then precisions=$(python -m svd_xtend.runs); fi
+if [ "$device" = CPU ]; then precisions=$(python -m svd_xtend.models.precision); fi
 best=${precisions%% *}
 
 if wanted checks; then
     headline "checks on the embedded SVD: $precisions"
-    python -m svd_xtend.shapes --base_folder data/demo >/dev/null
-    python -m svd_xtend.shapes --base_folder "$runs/roam" --domain roam --clips 12 >/dev/null
+    python -m svd_xtend.demo.synthetic_clips --base_folder data/demo >/dev/null
+    python -m svd_xtend.demo.synthetic_clips --base_folder "$runs/roam" --domain roam --clips 12 >/dev/null
     tiny="--width=64 --height=48 --num_frames=8 --num_workers=2 --per_gpu_batch_size=2 --num_inference_steps=4 --decode_chunk_size=4"
     tiny+=" --validation_steps=2 --validation_clips=4 --validation_ratio=0.2 --checkpointing_steps=3 --seed=1"
     for precision in no $precisions; do
@@ -112,7 +112,7 @@ else
     if wanted trainers && [ "$(left)" -gt 60 ]; then
         headline "the trainers themselves on a full-size SVD of random weights"
         python benchmarks/full_size_weights.py "$runs/svd" 2>&1 | tail -1
-        python -m svd_xtend.shapes --base_folder "$runs/long" --domain roam --clips 4 --frames 30 >/dev/null
+        python -m svd_xtend.demo.synthetic_clips --base_folder "$runs/long" --domain roam --clips 4 --frames 30 >/dev/null
         large="--base_folder=$runs/long --source_fps=7 --pretrained_model_name_or_path=$runs/svd --max_train_steps=4 --num_workers=4 --seed=1 --num_inference_steps=2 --decode_chunk_size=4 --validation_steps=1000"
         JOBS=1
         check "LoRA 1024x576x25 bf16 nested" "python train_svd_lora.py $large --width=1024 --height=576 --num_frames=25 --mixed_precision=bf16 --gradient_checkpointing=nested --output_dir=$runs/a"

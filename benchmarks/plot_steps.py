@@ -39,21 +39,31 @@ def draw(documents, file):
             widths = [v.get(phase, 0.0) for v in variants.values()]
             seconds.barh(list(variants), widths, left=left, label=phase)
             left = [a + b for a, b in zip(left, widths)]
-        seconds.set(title=f"{name}: {document['device']}, {document['precision']}", xlabel="seconds a step")
+        seconds.set(
+            title=f"{name}: {document['device']}, {document['precision']}", xlabel="seconds a step"
+        )
         for axes in memory:
-            peaks = [v["peak_GiB"] if isinstance(v["peak_GiB"], float) else 0.0 for v in variants.values()]
+            peaks = [
+                v["peak_GiB"] if isinstance(v["peak_GiB"], float) else 0.0
+                for v in variants.values()
+            ]
             axes.barh(list(variants), peaks, color="0.6")
             for i, v in enumerate(variants.values()):
                 axes.text(0, i, " out of memory" * (v["peak_GiB"] == "out of memory"), va="center")
             axes.set(xlabel="peak, GiB (torch.cuda.max_memory_allocated)", yticklabels=[])
     figure.legend(
-        *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES), fontsize="small"
+        *rows[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(PHASES),
+        fontsize="small",
     )
     figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where gpu.sh wrote its JSON documents")
     folder = parser.parse_args().folder
     documents = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}

@@ -15,10 +15,11 @@ from farm import Farm
 import train_svd
 import train_svd_lora
 import train_svd_tracklet
-from svd_xtend import report, runs
-from svd_xtend.checkpoints import load_svd
-from svd_xtend.shapes import write_clips
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.demo.synthetic_clips import write_clips
+from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.evaluation import report
+from svd_xtend.models.loading import load_svd
+from svd_xtend.training import optimizers as optimizers_module
 
 QUICK = [
     "--width=64", "--height=48", "--num_workers=0", "--validation_steps=0",
@@ -26,7 +27,13 @@ QUICK = [
 ]  # fmt: skip
 
 
-LONGEST_FIRST = ["test_structure.py", "test_tiny.py", "test_processes.py", "test_checkpoints.py", "test_training.py"]
+LONGEST_FIRST = [
+    "test_scripts.py",
+    "test_tiny_svd.py",
+    "test_distributed.py",
+    "test_checkpoints.py",
+    "test_train_svd.py",
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -70,12 +77,19 @@ def run(clips, boxed_clips, tmp_path, monkeypatch):
     its report.html."""
     from accelerate.state import AcceleratorState, PartialState
 
-    write = report.write
+    write = report.write_report
 
-    def go(*flags, lora=False, tracklet=False, output_dir=tmp_path / "out", seed=1, page=False, **hooks):
-        monkeypatch.setattr(report, "write", write if page else Path)
+    def go(
+        *flags, lora=False, tracklet=False, output_dir=tmp_path / "out", seed=1, page=False, **hooks
+    ):
+        monkeypatch.setattr(report, "write_report", write if page else Path)
         AcceleratorState._reset_state(reset_partial_state=True)
-        flags = [*QUICK, f"--base_folder={boxed_clips if tracklet else clips}", f"--output_dir={output_dir}", *flags]
+        flags = [
+            *QUICK,
+            f"--base_folder={boxed_clips if tracklet else clips}",
+            f"--output_dir={output_dir}",
+            *flags,
+        ]
         if tracklet:
             s = train_svd_tracklet
             args = s.script_parse(flags)
@@ -84,8 +98,14 @@ def run(clips, boxed_clips, tmp_path, monkeypatch):
                 validate=s.validate_boxes, loss=s.tracklet_loss,
             )  # fmt: skip
         else:
-            args = train_svd.parse(train_svd_lora.script_parser() if lora else train_svd.build_parser(), flags)
-            own = dict(prepare_unet=train_svd_lora.add_lora, export=train_svd_lora.export_lora) if lora else {}
+            args = train_svd.parse(
+                train_svd_lora.script_parser() if lora else train_svd.build_parser(), flags
+            )
+            own = (
+                dict(prepare_unet=train_svd_lora.add_lora, export=train_svd_lora.export_lora)
+                if lora
+                else {}
+            )
         args.seed = seed
         default = dict(
             dataset=train_svd.DummyDataset, prepare_unet=train_svd.select_parameters, export=train_svd.export,
@@ -109,6 +129,8 @@ def kept():
 def optimizers(monkeypatch):
     """The torch optimizers that runs in this process make, in a list."""
     made = []
-    make = runs.make_optimizer
-    monkeypatch.setattr(runs, "make_optimizer", lambda *how: made.append(make(*how)) or made[-1])
+    make = optimizers_module.make_optimizer
+    monkeypatch.setattr(
+        optimizers_module, "make_optimizer", lambda *how: made.append(make(*how)) or made[-1]
+    )
     return made

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 WARM = (
     "train_svd", "train_svd_lora", "train_svd_tracklet", "accelerate.data_loader", "diffusers.optimization", "peft",
     "diffusers.training_utils", "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion",
-    "svd_xtend.boxes",
+    "svd_xtend.models.box_control",
 )  # fmt: skip
 
 
@@ -32,23 +32,44 @@ def engine_env(engine):
     if engine == "none":
         return {}
     file = str(ROOT / "configs" / "accelerate" / f"{engine}.yaml")
-    args = launch_command_parser().parse_args(["--config_file", file, "--main_process_port=0", "train_svd.py"])
+    args = launch_command_parser().parse_args(
+        ["--config_file", file, "--main_process_port=0", "train_svd.py"]
+    )
     args, *_ = _validate_launch_command(args)
-    args.deepspeed_fields_from_accelerate_config = getattr(args, "deepspeed_fields_from_accelerate_config", "")
+    args.deepspeed_fields_from_accelerate_config = getattr(
+        args, "deepspeed_fields_from_accelerate_config", ""
+    )
     env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
-    own = {k: v for k, v in env.items() if os.environ.get(k) != v and not k.startswith(("MASTER_", "PYTHON"))}
-    return {**own, **({"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}), "DS_ACCELERATOR": "cpu"}
+    own = {
+        k: v
+        for k, v in env.items()
+        if os.environ.get(k) != v and not k.startswith(("MASTER_", "PYTHON"))
+    }
+    return {
+        **own,
+        **({"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}),
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 class Farm:
     """The program, from a test's side."""
 
     def __init__(self, path=""):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{path}"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{path}",
+        }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             env.pop(name, None)
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=env,
         )
 
     def run(self, *argv, engine="none", world=1, output_dir, kill=None, ok=True, env=None):
@@ -69,7 +90,9 @@ class Farm:
         answer = json.loads(self.process.stdout.readline())
         printed = log.read_text()
         if ok:
-            assert f"{world} process(es)" in printed, printed[-3000:]  # before all else: there were that many
+            assert f"{world} process(es)" in printed, printed[
+                -3000:
+            ]  # before all else: there were that many
             assert answer["codes"] == [0] * world, printed[-3000:]
         return answer["codes"], printed, answer["seconds"]
 
@@ -118,7 +141,10 @@ def serve():
     """The program."""
     for name in WARM:
         importlib.import_module(name)
-    for name in ("CLIPImageProcessor", "CLIPVisionModelWithProjection"):  # which transformers imports when asked
+    for name in (
+        "CLIPImageProcessor",
+        "CLIPVisionModelWithProjection",
+    ):  # which transformers imports when asked
         getattr(importlib.import_module("transformers"), name)
     for line in sys.stdin:
         job, began, port = json.loads(line), time.monotonic(), free_port()

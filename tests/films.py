@@ -27,7 +27,9 @@ CODECS = {  # file name: (codec, pixel format, options)
 def frame(i, size=(96, 64)):
     """(h, w, 3) uint8: a square moves over a gradient, whose brightness is the number's."""
     y, x = np.mgrid[: size[1], : size[0]]
-    picture = np.stack([(x * 2 + 3 * i) % 256, y * 3 % 256, np.full_like(x, 3 * i % 256)], -1).astype(np.uint8)
+    picture = np.stack(
+        [(x * 2 + 3 * i) % 256, y * 3 % 256, np.full_like(x, 3 * i % 256)], -1
+    ).astype(np.uint8)
     left = 2 * i % max(size[0] - 16, 1)
     picture[20:36, left : left + 16] = 255
     return picture
@@ -64,7 +66,9 @@ def write(
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
         if sound:
-            quiet = av.AudioFrame.from_ndarray(np.zeros((1, 16000 * 3), np.float32), format="fltp", layout="mono")
+            quiet = av.AudioFrame.from_ndarray(
+                np.zeros((1, 16000 * 3), np.float32), format="fltp", layout="mono"
+            )
             quiet.sample_rate = 16000
             container.mux(sound.encode(quiet))
             container.mux(sound.encode())
@@ -75,13 +79,17 @@ def decode_all(path):
     """All frames (n, h, w, 3) uint8, from the first to the last; times in seconds."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-        return np.stack([f.to_ndarray(format="rgb24") for f in frames]), [float(f.pts * f.time_base) for f in frames]
+        return np.stack([f.to_ndarray(format="rgb24") for f in frames]), [
+            float(f.pts * f.time_base) for f in frames
+        ]
 
 
 def sound_alone(path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
-        quiet = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        quiet = av.AudioFrame.from_ndarray(
+            np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
+        )
         quiet.sample_rate = 16000
         container.mux(stream.encode(quiet))
         container.mux(stream.encode())

@@ -19,7 +19,9 @@ def test_reference_and_loader_read_the_same_pixels_and_the_cache_a_whole_clip(tm
         ours["pixel_values"], full["pixel_values"]
     )  # None: equal; torch's bicubic rounds otherwise
     assert same is None or same > 60
-    assert bench_loader.psnr(ours["pixel_values"], full["pixel_values"] + 2 / 255) > 48  # one level: 48.13 dB
+    assert (
+        bench_loader.psnr(ours["pixel_values"], full["pixel_values"] + 2 / 255) > 48
+    )  # one level: 48.13 dB
     assert cached["pixel_values"].shape[0] == 1 and cached["moments"].shape == (2, 2, 4, 10, 16)
 
 
@@ -27,5 +29,7 @@ def test_the_last_line_is_one_json_document_of_all_variants(capsys):
     bench_loader.main(Namespace(formats=["jpeg"], sizes=["128x80"], num_frames=2, rounds=1))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [r["variant"] for r in rows] == ["full decode", "ours", "cached"]
-    assert rows[0]["x_full"] == 1 and rows[0]["MB"] == 4 * rows[1]["MB"] == 4 * 2 * 3 * 80 * 128 / 1e6
+    assert (
+        rows[0]["x_full"] == 1 and rows[0]["MB"] == 4 * rows[1]["MB"] == 4 * 2 * 3 * 80 * 128 / 1e6
+    )
     assert rows[1]["psnr_dB"] > 30

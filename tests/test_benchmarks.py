@@ -28,10 +28,16 @@ def test_attention_counts_as_its_two_products_forward_and_five_backward():
 def test_a_step_is_measured_by_phase_and_its_parts_add_up():
     flags = ["--rounds=1", "--num_frames=2", "--method=lora", "--only", "original", "ours"]
     done = subprocess.run(
-        [sys.executable, "benchmarks/bench_step.py", *flags], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "benchmarks/bench_step.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     variants = json.loads(done.stdout.splitlines()[-1])["variants"]
     assert list(variants) == ["original", "ours"] and variants["original"]["x_faster"] == 1
     for told in variants.values():
-        parts = [told[phase] for phase in ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")]
+        parts = [
+            told[phase]
+            for phase in ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
+        ]
         assert told["seconds"] == pytest.approx(sum(parts)) and told["data"] > 0

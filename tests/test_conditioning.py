@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from svd_xtend.shapes import make_clip
-from svd_xtend.tiny import clips_to_pixels
+from svd_xtend.demo.synthetic_clips import make_clip
+from svd_xtend.demo.tiny_svd import clips_to_pixels
 from train_svd import SampleNoise, condition, drop_conditioning, embed_image, encode_video
 
 
@@ -40,12 +40,20 @@ def test_training_and_pipeline_agree_on_every_conditioning_tensor(pipe, clip):
     )  # fmt: skip
     handle.remove()
     first_frame = clips_to_pixels([clip])[:, 0]
-    embeds, latents, ids = condition(pipe, first_frame, torch.tensor([9]), torch.tensor([64]), NoNoise(1))
-    torch.testing.assert_close(embeds, given["embeds"][1:], rtol=1e-4, atol=1e-5)  # the second half is conditional
+    embeds, latents, ids = condition(
+        pipe, first_frame, torch.tensor([9]), torch.tensor([64]), NoNoise(1)
+    )
+    torch.testing.assert_close(
+        embeds, given["embeds"][1:], rtol=1e-4, atol=1e-5
+    )  # the second half is conditional
     torch.testing.assert_close(latents, given["sample"][1:, 0, 4:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ids[:, :2], given["ids"][1:, :2])
-    assert ids[0].tolist() == pytest.approx([8, 64, 0.0498], abs=1e-3)  # exp(-3): the log-normal's median
-    assert given["embeds"][0].abs().max() == given["sample"][0, 0, 4:].abs().max() == 0  # and what dropping must match
+    assert ids[0].tolist() == pytest.approx(
+        [8, 64, 0.0498], abs=1e-3
+    )  # exp(-3): the log-normal's median
+    assert (
+        given["embeds"][0].abs().max() == given["sample"][0, 0, 4:].abs().max() == 0
+    )  # and what dropping must match
 
 
 def test_clip_sees_the_clean_frame_and_the_vae_a_noised_one(pipe, clip):
@@ -66,20 +74,26 @@ def test_noise_aug_is_per_clip(pipe, clip):
 
 def test_vae_chunks_give_the_same_latents(pipe, clip):
     pixels = clips_to_pixels([clip])
-    latents = [encode_video(pipe.vae, pixels, SampleNoise(0, [0], "cpu"), chunk) for chunk in (1, 3, 8)]
+    latents = [
+        encode_video(pipe.vae, pixels, SampleNoise(0, [0], "cpu"), chunk) for chunk in (1, 3, 8)
+    ]
     torch.testing.assert_close(latents[0], latents[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(latents[0], latents[2], rtol=1e-4, atol=1e-5)
 
 
 def test_latents_have_about_unit_variance(pipe):
     pixels = clips_to_pixels([make_clip((3, i), "shapes") for i in range(8)])
-    assert encode_video(pipe.vae, pixels, SampleNoise(0, range(8), "cpu"), 64).std() == pytest.approx(1, abs=0.15)
+    assert encode_video(
+        pipe.vae, pixels, SampleNoise(0, range(8), "cpu"), 64
+    ).std() == pytest.approx(1, abs=0.15)
 
 
 def test_dropout_frequencies_are_the_stated_ones():
     n = 20_000
     u = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    embeds, latents = drop_conditioning(torch.ones(n, 1, 1), torch.ones(n, 1, 1, 1), u, 0.05, 0.1, 0.2)
+    embeds, latents = drop_conditioning(
+        torch.ones(n, 1, 1), torch.ones(n, 1, 1, 1), u, 0.05, 0.1, 0.2
+    )
     no_clip, no_latents = embeds.flatten() == 0, latents.flatten() == 0
     assert (no_clip & ~no_latents).float().mean() == pytest.approx(0.05, abs=0.01)
     assert (~no_clip & no_latents).float().mean() == pytest.approx(0.10, abs=0.01)

@@ -5,7 +5,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 import train_svd
-from svd_xtend.tiny import TINY_SVD
+from svd_xtend.demo.tiny_svd import TINY_SVD
 from train_svd import SampleNoise, default_P, loss_weight, scalings, svd_loss
 
 SIGMAS = [0.002, 0.02, 0.5, 1.0, 2.0, 20.0, 700.0]
@@ -52,7 +52,9 @@ def make_batch(n, f=8):
 
 
 def make_args(*flags):
-    args = train_svd.parse(train_svd.build_parser(), ["--seed=5", "--P_mean=0.7", "--P_std=1.6", *flags])
+    args = train_svd.parse(
+        train_svd.build_parser(), ["--seed=5", "--P_mean=0.7", "--P_std=1.6", *flags]
+    )
     return args
 
 
@@ -84,7 +86,10 @@ def test_edm_loss_equals_the_papers_weighted_denoising_error(pipe):
 def test_batch_of_two_equals_two_of_one(pipe):
     batch, args = make_batch(2), make_args()
     both = svd_loss(pipe.unet, pipe, batch, args)
-    single = [svd_loss(pipe.unet, pipe, {k: v[i : i + 1] for k, v in batch.items()}, args) for i in range(2)]
+    single = [
+        svd_loss(pipe.unet, pipe, {k: v[i : i + 1] for k, v in batch.items()}, args)
+        for i in range(2)
+    ]
     torch.testing.assert_close(both, torch.cat(single), rtol=1e-4, atol=1e-5)
 
 
@@ -92,7 +97,9 @@ def test_draws_depend_on_seed_and_sample_index_only():
     def draw(seed, indices):
         return SampleNoise(seed, indices, "cpu").normal(3)
 
-    torch.testing.assert_close(draw(1, [4, 9]), torch.cat([draw(1, [4]), draw(1, [9])]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        draw(1, [4, 9]), torch.cat([draw(1, [4]), draw(1, [9])]), rtol=0, atol=0
+    )
     assert not torch.equal(draw(1, [4]), draw(2, [4]))
     assert not torch.equal(draw(1, [4]), draw(1, [5]))
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from svd_xtend import folders, held_out, tracklets
-from svd_xtend.order import Clips
+from svd_xtend.data import annotations, folder_index, split
+from svd_xtend.data.sampler import ClipCollection
 from train_svd import DummyDataset
 
 ROOT = Path(__file__).parents[1]
@@ -50,19 +50,36 @@ def mixed(tmp_path):
 
 def test_check_reports_as_the_user_runs_it(mixed, tmp_path):
     root, bad = mixed
-    command = [sys.executable, "prepare_data.py", "check", root, f"--output_dir={tmp_path / 'out'}", "--num_frames=8"]
+    command = [
+        sys.executable,
+        "prepare_data.py",
+        "check",
+        root,
+        f"--output_dir={tmp_path / 'out'}",
+        "--num_frames=8",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     rows = {row["name"]: row for row in report["clips"]}
     assert rows.keys() == {"good.mp4", "cut.mp4", "frames"}
     assert (
-        rows["cut.mp4"]["cuts"] == [25] and "cuts" not in rows["good.mp4"] and rows["frames"]["caption"] == "a square"
+        rows["cut.mp4"]["cuts"] == [25]
+        and "cuts" not in rows["good.mp4"]
+        and rows["frames"]["caption"] == "a square"
     )
-    assert (rows["good.mp4"]["width"], rows["good.mp4"]["frames"], rows["good.mp4"]["fps"]) == (96, 60, 25)
+    assert (rows["good.mp4"]["width"], rows["good.mp4"]["frames"], rows["good.mp4"]["fps"]) == (
+        96,
+        60,
+        25,
+    )
     assert set(report["skipped"]) == set(bad) - {"20 a pixel.png"} and report["pictures"] == 1
-    assert f"{root}: 3 clips of at least 8 frames at --fps 7.0, 1 pictures, 29 skipped" in done.stdout
-    assert "1 clips hold more than one scene: cut.mp4" in done.stdout and "... 9 others" in done.stdout
+    assert (
+        f"{root}: 3 clips of at least 8 frames at --fps 7.0, 1 pictures, 29 skipped" in done.stdout
+    )
+    assert (
+        "1 clips hold more than one scene: cut.mp4" in done.stdout and "... 9 others" in done.stdout
+    )
     assert Image.open(tmp_path / "out" / "check.png").size[0] > 800
 
 
@@ -90,10 +107,10 @@ def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
     films.pictures(tmp_path / "root" / "b", 60)
     for path in (tmp_path / "root").iterdir():
         os.utime(path, (1e9, 1e9))
-    Clips(tmp_path / "root", 8, 7, "auto")
-    cheap = folders.Listing(tmp_path / "root").arrays["motions"].copy()
+    ClipCollection(tmp_path / "root", 8, 7, "auto")
+    cheap = folder_index.FolderIndex(tmp_path / "root").arrays["motions"].copy()
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
-    whole = folders.Listing(tmp_path / "root").arrays["motions"]
+    whole = folder_index.FolderIndex(tmp_path / "root").arrays["motions"]
     np.testing.assert_allclose(cheap, whole, rtol=0.03)
     monkeypatch.setattr(prepare_data, "look_at_all", lambda *how: pytest.fail("decoded again"))
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
@@ -102,7 +119,10 @@ def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
 def test_check_of_a_folder_without_a_usable_clip_says_why(tmp_path, capsys):
     films.write(tmp_path / "root" / "short.mp4", frames=5)
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
-    assert "0 clips of at least 14" in (out := capsys.readouterr().out) and "short.mp4: too short, 5 frame(s)" in out
+    assert (
+        "0 clips of at least 14" in (out := capsys.readouterr().out)
+        and "short.mp4: too short, 5 frame(s)" in out
+    )
     with pytest.raises(ValueError, match="^--base_folder .*none: no such folder"):
         call("check", tmp_path / "none")
 
@@ -153,10 +173,21 @@ def test_extraction_that_was_killed_goes_on_and_leaves_nothing_half(tmp_path, ca
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in "ab"}
     capsys.readouterr()
     call("frames", tmp_path / "in", tmp_path / "out")
-    assert "1 folders of frames made" in (out := capsys.readouterr().out) and "of 3 videos 2 were done before" in out
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in "ab"}
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == ["a", "b", "c"]
-    call("frames", tmp_path / "in", tmp_path / "out", "--fps=5", "--min_frames=2")  # another way: all of them anew
+    assert (
+        "1 folders of frames made" in (out := capsys.readouterr().out)
+        and "of 3 videos 2 were done before" in out
+    )
+    assert before == {
+        p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in "ab"
+    }
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == [
+        "a",
+        "b",
+        "c",
+    ]
+    call(
+        "frames", tmp_path / "in", tmp_path / "out", "--fps=5", "--min_frames=2"
+    )  # another way: all of them anew
     assert all(len(list((tmp_path / "out" / name).glob("*.jpg"))) == 4 for name in "abc")
 
 
@@ -167,7 +198,9 @@ def test_videos_that_cannot_be_read_are_named_and_the_others_extracted(tmp_path,
     for path in (tmp_path / "in" / "24 up", tmp_path / "in" / "25 pipe.mp4"):
         path.unlink()
     call("frames", tmp_path / "in", tmp_path / "out")
-    assert (tmp_path / "out" / "good" / "clip.json").exists() and "02 text.mp4: cannot be opened" in caplog.text
+    assert (
+        tmp_path / "out" / "good" / "clip.json"
+    ).exists() and "02 text.mp4: cannot be opened" in caplog.text
     with pytest.raises(SystemExit, match="nowhere.mp4: no such file"):
         call("frames", tmp_path / "nowhere.mp4", tmp_path / "out")
 
@@ -180,8 +213,8 @@ def test_public_annotations_become_the_projects_own(tmp_path):
     (tmp_path / "walk.txt").write_text(mot)
     (tmp_path / "out" / "walk").mkdir(parents=True)
     call("tracklets", tmp_path / "walk.txt", tmp_path / "out", "--size=200x100")
-    found = tracklets.read_tracklets(tmp_path / "out" / "walk" / "tracklets.json")["tracklets"]
-    asked = tracklets.read_tracklets(tmp_path / "walk.txt", (200, 100))["walk"]
+    found = annotations.read_tracklets(tmp_path / "out" / "walk" / "tracklets.json")["tracklets"]
+    asked = annotations.read_tracklets(tmp_path / "walk.txt", (200, 100))["walk"]
     np.testing.assert_allclose(found.boxes, asked.boxes, atol=1e-4)
     assert found.ids == asked.ids == ("7",)
     with pytest.raises(ValueError, match="does not tell the pictures' size"):
@@ -193,7 +226,10 @@ def test_real_annotations_of_each_format(tmp_path):
     call("tracklets", DATA / "bdd100k" / "b1c66a42-6f7d68ca.json", tmp_path, "--size=1280x720")
     call("tracklets", DATA / "kitti" / "label_02" / "0001.txt", tmp_path, "--size=1242x375")
     call("tracklets", DATA / "mammoth_rhino" / "gt" / "gt.txt", tmp_path)
-    lengths = {p.stem: len(next(iter(tracklets.read_tracklets(p).values()))) for p in tmp_path.glob("*.json")}
+    lengths = {
+        p.stem: len(next(iter(annotations.read_tracklets(p).values())))
+        for p in tmp_path.glob("*.json")
+    }
     assert lengths == {"b1c66a42-6f7d68ca": 202, "0001": 447, "mammoth_rhino": 49}
 
 
@@ -205,18 +241,31 @@ def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, h
             films.pictures(root / f"film{film}_scene{scene:03d}", 8)
     films.write(root / "a.mp4", frames=10)
     (root / "a.txt").write_text("a caption")
-    (root / "metadata.jsonl").write_text('{"file_name": "a.mp4", "fps": 5}\n{"file_name": "film0_scene000", "fps": 5}')
+    (root / "metadata.jsonl").write_text(
+        '{"file_name": "a.mp4", "fps": 5}\n{"file_name": "film0_scene000", "fps": 5}'
+    )
     call("split", root, tmp_path / "out", "--held_out=0.3", f"--how={how}")
-    train, held = ({p.name for p in (tmp_path / "out" / part).iterdir()} for part in ("train", "held_out"))
+    train, held = (
+        {p.name for p in (tmp_path / "out" / part).iterdir()} for part in ("train", "held_out")
+    )
     clips = {n for n in train | held if n.startswith(("film", "a.mp4"))}
     assert len(clips) == 13 and not train & held - {"metadata.jsonl"}
-    assert not {n[:5] for n in train if n.startswith("film")} & {n[:5] for n in held if n.startswith("film")}
+    assert not {n[:5] for n in train if n.startswith("film")} & {
+        n[:5] for n in held if n.startswith("film")
+    }
     assert 0 < sum(n.startswith(("film", "a.mp4")) for n in held) < 13
-    (side,) = (part for part in ("train", "held_out") if (tmp_path / "out" / part / "a.mp4").exists())
+    (side,) = (
+        part for part in ("train", "held_out") if (tmp_path / "out" / part / "a.mp4").exists()
+    )
     assert (tmp_path / "out" / side / "a.txt").read_text() == "a caption"
-    assert folders.read_metadata(tmp_path / "out" / side)["a.mp4"]["fps"] == 5
+    assert folder_index.read_metadata(tmp_path / "out" / side)["a.mp4"]["fps"] == 5
     assert (root / "a.mp4").exists() == (how != "move")
-    assert len(Clips([tmp_path / "out" / "train", tmp_path / "out" / "held_out"], 8, "native")) == 13
+    assert (
+        len(
+            ClipCollection([tmp_path / "out" / "train", tmp_path / "out" / "held_out"], 8, "native")
+        )
+        == 13
+    )
     with pytest.raises(SystemExit, match="is there already|takes two"):
         call("split", root, tmp_path / "out")
 
@@ -225,9 +274,14 @@ def test_what_trained_is_never_held_out_when_clips_come():
     few = {f"film{i}": ["x"] for i in range(40)}
     more = {**few, **{f"new{i}": ["x"] for i in range(40)}}
     for seed in range(20):
-        before, after = held_out.choose(few, 0.2, seed), held_out.choose(more, 0.2, seed)
+        before, after = (
+            split.choose_validation_sources(few, 0.2, seed),
+            split.choose_validation_sources(more, 0.2, seed),
+        )
         assert before == after & few.keys() and 0 < len(before) < 20
-    assert held_out.choose(few, 0.2, 0) != held_out.choose(few, 0.2, 1)
+    assert split.choose_validation_sources(few, 0.2, 0) != split.choose_validation_sources(
+        few, 0.2, 1
+    )
 
 
 def test_one_film_cannot_be_split(tmp_path):

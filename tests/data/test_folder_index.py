@@ -1,0 +1,319 @@
+"""Folders of many videos: listed once, noticed when changed, drawn by weight, read over networks that stutter."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import dataset, picture
+
+import train_svd
+from svd_xtend.data import folder_index, images, sampler
+from svd_xtend.data.folder_index import FolderIndex
+from svd_xtend.data.sampler import ClipCollection, ClipSampler, draws_per_pool
+
+
+def videos(root, count, frames=3, old=True):
+    """Folders of empty files; `old`: so that the file system's clock has moved on since."""
+    for v in range(count):
+        (root / f"v{v}").mkdir(parents=True)
+        for f in range(frames):
+            (root / f"v{v}" / f"{f}.png").touch()
+        if old:
+            os.utime(root / f"v{v}", (time.time() - 60,) * 2)
+    return root
+
+
+def names(clips):
+    return [[f"{clip.path.name}/{name}" for name in clip.files] for clip in clips]
+
+
+def told(clips):
+    return [clip.metadata for clip in clips]
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Names of the video folders that were listed, in a list."""
+    seen = []
+    list_one = FolderIndex.list_one
+    monkeypatch.setattr(
+        FolderIndex,
+        "list_one",
+        lambda self, name, kind: seen.append(name) or list_one(self, name, kind),
+    )
+    return seen
+
+
+def test_the_second_start_lists_nothing_and_finds_the_same(tmp_path, looked):
+    root = videos(tmp_path / "root", 12)
+    first = ClipCollection(root, 3, 7, 127)
+    assert sorted(looked) == sorted(f"v{v}" for v in range(12))
+    looked.clear()
+    again = ClipCollection(root, 3, 7, 127)
+    assert looked == [] and names(again) == names(first) and told(again) == told(first)
+    assert [clip.path.name for clip in first] == [f"v{v}" for v in range(12)]  # natural order
+    assert [first[3].path / name for name in first[3].files] == images.list_frames(root / "v3")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "v1" / "1.png").unlink(),
+        lambda root: (root / "v1" / "9.png").touch(),
+        lambda root: (root / "v1" / "0.png").rename(root / "v1" / "5.png"),
+        lambda root: (root / "v1").rename(root / "w1"),
+        lambda root: videos(root / "more", 1) and (root / "more" / "v0").rename(root / "v99"),
+        lambda root: [f.unlink() for f in (root / "v1").iterdir()] and (root / "v1").rmdir(),
+        lambda root: (root / "v1" / "clip.json").write_text('{"fps": 3}'),
+    ],
+    ids=["fewer", "more", "renamed", "moved", "new", "gone", "clip_json"],
+)
+def test_what_changed_is_listed_again_and_nothing_else(tmp_path, looked, change):
+    root = videos(tmp_path / "root", 6)
+    before = ClipCollection(root, 2, 7, 127)
+    looked.clear()
+    change(root)
+    found = ClipCollection(root, 2, 7, 127)
+    assert len(looked) <= 2 and not set(looked) & {"v0", "v2", "v3"}
+    folder_index.index_file(root).unlink()
+    fresh = ClipCollection(root, 2, 7, 127)
+    assert names(found) == names(fresh) and told(found) == told(fresh)
+    assert names(before) != names(found) or before[1].rate != found[1].rate
+
+
+def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tmp_path, looked):
+    """Its time of change may not show the next change: file systems count in steps."""
+    root = videos(tmp_path / "root", 2, old=False)
+    ClipCollection(root, 3, 7, 127)
+    looked.clear()
+    ClipCollection(root, 3, 7, 127)
+    assert sorted(looked) == ["v0", "v1"]
+
+
+def test_a_damaged_index_or_one_that_may_not_be_written_costs_a_listing_and_no_more(tmp_path, looked, monkeypatch, caplog):  # fmt: skip
+    root = videos(tmp_path / "root", 3)
+    expected = names(ClipCollection(root, 3, 7, 127))
+    file = folder_index.index_file(root)
+    for content in (b"", b"no index", file.read_bytes()[:-4], b"\xff" * 5000):
+        file.write_bytes(content)
+        looked.clear()
+        assert names(ClipCollection(root, 3, 7, 127)) == expected and len(looked) == 3
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        assert names(ClipCollection(root, 3, 7, 127)) == expected
+    assert "the next start lists the folder again" in caplog.text
+
+
+def test_an_index_of_another_format_is_not_read(tmp_path, monkeypatch):
+    root = videos(tmp_path / "root", 3)
+    monkeypatch.setattr(folder_index, "FORMAT", folder_index.FORMAT - 1)
+    folder_index.save_index({"names": np.zeros(3, np.uint8)}, folder_index.index_file(root))
+    monkeypatch.undo()
+    assert len(ClipCollection(root, 3)) == 3
+
+
+def found_by(clips, answer):
+    answer.put(names(clips))
+
+
+def test_loader_processes_that_are_not_forked_read_the_index_where_it_lies(tmp_path):
+    clips, context = (
+        ClipCollection(videos(tmp_path / "root", 3), 3, 7, 127),
+        multiprocessing.get_context("spawn"),
+    )
+    assert clips.indexes[0].__getstate__()["arrays"] is None  # nothing but the path goes over
+    answer = context.Queue()
+    process = context.Process(target=found_by, args=(clips, answer))
+    process.start()
+    assert answer.get(timeout=60) == names(clips)
+    process.join()
+
+
+def test_names_that_are_no_utf_8_and_videos_without_frames(tmp_path):
+    root = videos(tmp_path / "root", 1)
+    os.mkdir(os.path.join(os.fsencode(root), b"v\xff"))
+    os.close(os.open(os.path.join(os.fsencode(root), b"v\xff", b"\xfe.png"), os.O_CREAT))
+    (root / "empty").mkdir()
+    clips = ClipCollection(root, 1, 7, 127)
+    assert len(clips) == 2 and all(
+        (clip.path / name).exists() for clip in clips for name in clip.files
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- several folders
+
+
+def test_folders_without_weights_are_one(tmp_path):
+    data = dataset([videos(tmp_path / "a", 2), videos(tmp_path / "b", 4)])
+    one = ClipSampler([(range(6), 1)], 0)
+    assert len(data) == 6
+    for index in range(30):
+        assert next(data.order.choices(index)) == next(one.choices(index))
+    assert (
+        data.clips[1].path == tmp_path / "a" / "v1" and data.clips[2].path == tmp_path / "b" / "v0"
+    )
+    with pytest.raises(IndexError):
+        data.clips[6]
+
+
+def test_weights_are_kept_to_the_sample_and_each_pass_over_a_folder_is_whole():
+    drawing = ClipSampler([(range(3), 1), (range(3, 53), 2), (range(53, 60), 1)], 4)
+    drawn = [next(drawing.choices(i)) for i in range(3 * sampler.MIN_CYCLE)]
+    pools = np.searchsorted([3, 53], drawn, side="right")
+    for cycle in range(3):
+        counts = np.bincount(pools[cycle * sampler.MIN_CYCLE : (cycle + 1) * sampler.MIN_CYCLE])
+        assert counts.tolist() == [250, 500, 250]
+    for pool, size, start in ((0, 3, 0), (1, 50, 3), (2, 7, 53)):
+        own = np.array(drawn)[pools == pool] - start
+        for i in range(0, len(own) - size, size):
+            assert sorted(own[i : i + size]) == list(range(size))
+    assert abs(np.bincount(pools[:100])[1] - 50) < 25  # mixed, not one folder after the other
+
+
+def test_any_sample_can_be_asked_for_first(tmp_path):
+    """As processes do, and runs that resume."""
+    pools = [(range(3), 0.7), (range(3, 8), 0.3)]
+    for unit in (1, 4):
+        drawing = ClipSampler(pools, 9, unit)
+        drawn = [next(drawing.choices(i)) for i in range(2500)]
+        for i in (2499, 0, 1777, 1000, 999):
+            assert next(ClipSampler(pools, 9, unit).choices(i)) == drawn[i]
+            assert next(drawing.choices(i)) == drawn[i]
+
+
+def test_stand_ins_are_all_the_other_clips_of_the_folder():
+    drawing = ClipSampler([(range(4), 1), (range(4, 13), 1)], 0)
+    for index in range(8):
+        choices = list(drawing.choices(index))
+        assert sorted(choices) in ([0, 1, 2, 3], list(range(4, 13)))
+
+
+def test_weights_shares_by_largest_remainder():
+    assert draws_per_pool([1, 1, 1]).tolist() == [334, 333, 333]
+    assert draws_per_pool([998, 1, 1]).tolist() == [998, 1, 1]
+    assert draws_per_pool([99999, 1, 1]).tolist() == [
+        998,
+        1,
+        1,
+    ]  # a size that few clips have still has its turn
+
+
+def test_a_folder_that_would_hardly_have_a_turn_is_an_error(tmp_path):
+    roots = [videos(tmp_path / "a", 2), videos(tmp_path / "b", 2)]
+    with pytest.raises(ValueError, match="^--folder_weights 10000 1: one is less than 1/1000"):
+        ClipCollection(roots, 3).pools([10000, 1])
+
+
+def test_a_weight_for_each_folder(capsys):
+    parser = train_svd.build_parser()
+    for flags in (
+        ["--folder_weights", "1"],
+        ["--folder_weights", "1", "0"],
+        ["--folder_weights", "1", "2", "3"],
+    ):
+        with pytest.raises(SystemExit):
+            train_svd.parse(parser, ["--base_folder", "a", "b", *flags])
+        assert (
+            "--folder_weights: one above 0 for each --base_folder, which are 2"
+            in capsys.readouterr().err
+        )
+    assert train_svd.parse(
+        parser, ["--base_folder", "a", "b", "--folder_weights", "3", "1"]
+    ).folder_weights == [3, 1]
+
+
+def test_two_folders_with_weights_train(run, clips, boxed_clips):
+    flags = [
+        "--train_params",
+        "conv_out",
+        "--max_train_steps=2",
+        "--base_folder",
+        str(clips),
+        str(boxed_clips),
+    ]
+    seen = []
+
+    def loss(model, pipe, batch, args):
+        seen.extend(batch["index"].tolist())
+        return train_svd.svd_loss(model, pipe, batch, args)
+
+    run(*flags, "--folder_weights", "1", "3", loss=loss)
+    assert seen == [0, 1]
+
+
+# --------------------------------------------------------------------------------------------------- networks that stutter
+
+
+@pytest.fixture
+def stutter(monkeypatch):
+    """stutter(code, times): the next reads of files fail so often with that error."""
+    state, waits = {"left": 0}, []
+    read = Path.read_bytes
+
+    def read_bytes(self):
+        if state["left"]:
+            state["left"] -= 1
+            raise OSError(state["code"], os.strerror(state["code"]), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(images.time, "sleep", waits.append)
+
+    def start(code, times):
+        state.update(code=code, left=times)
+        waits.clear()
+        return waits
+
+    return start
+
+
+def test_an_error_that_passes_changes_nothing(tmp_path, stutter, caplog):
+    for i in range(3):
+        picture(tmp_path / "v" / f"{i}.png", 50 + i)
+    data = dataset(tmp_path)
+    expected = data[0]["pixel_values"]
+    waits = stutter(errno.ESTALE, 3)
+    with caplog.at_level(logging.WARNING):
+        item = data[0]
+    assert (item["pixel_values"] == expected).all() and item["failed"] == 0
+    assert waits == [0.5, 1, 2] and "Stale file handle; trying again in 0.5 s" in caplog.text
+
+
+def test_a_file_system_that_stays_away_stops_the_run_instead_of_changing_what_it_sees(
+    tmp_path, stutter
+):
+    for v in range(2):
+        for i in range(3):
+            picture(tmp_path / f"v{v}" / f"{i}.png", 50)
+    waits = stutter(errno.ETIMEDOUT, 1000)
+    with pytest.raises(
+        images.UnreachableError,
+        match=r"\.png: Connection timed out, for 31.5 s. When it can be reached, the same",
+    ):
+        dataset(tmp_path)[0]
+    assert sum(waits) == 31.5
+
+
+def test_a_missing_or_unreadable_file_is_not_waited_for(tmp_path, stutter):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    waits = stutter(errno.EACCES, 1)
+    with pytest.raises(ValueError, match="a.png: cannot be read as a picture .*Permission denied"):
+        images.load_frame(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="none.png: cannot be read as a picture"):
+        images.load_frame(tmp_path / "none.png")
+    assert waits == []
+
+
+def test_a_bad_sector_is_a_damaged_frame_in_the_end(tmp_path, stutter):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    waits = stutter(errno.EIO, 1000)
+    with pytest.raises(ValueError, match="a.png: cannot be read as a picture .*Input/output error"):
+        images.load_frame(tmp_path / "a.png")
+    assert len(waits) == 6

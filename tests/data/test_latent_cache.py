@@ -1,0 +1,284 @@
+"""The latent cache: training from it is training from pixels, and a wrong one is noticed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import films
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import cache_latents
+import train_svd
+from svd_xtend.data import latent_cache
+from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.models import loading
+from svd_xtend.models.loading import load_svd
+
+
+def make(folder, base, *flags):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = [
+        f"--base_folder={base}",
+        f"--latent_cache={folder}",
+        "--width=64",
+        "--height=48",
+        *flags,
+    ]
+    cache_latents.main(cache_latents.build_parser().parse_args(given))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.fixture
+def frames(clips, tmp_path):
+    """Three clips of their own, which may be broken."""
+    for name in ("fall0000", "fall0001", "fall0002"):
+        shutil.copytree(clips / name, tmp_path / "frames" / name)
+    return tmp_path / "frames"
+
+
+@pytest.fixture
+def cached(frames, tmp_path):
+    return make(tmp_path / "cache", frames)
+
+
+def batch_of(data, indices):
+    items = torch.utils.data.default_collate([data[i] for i in indices])
+    return {**items, "pixel_values": items["pixel_values"].float() / 127.5 - 1}
+
+
+def data_of(frames, cached=None, f=5):
+    return train_svd.DummyDataset(frames, 64, 48, f, 7, 127, "crop", 3, cached)
+
+
+def test_the_loss_from_the_cache_is_the_loss_from_pixels(pipe, frames, cached):
+    """Windows of 5 of 8 frames, so that starts differ; posterior sampling, noise augmentation and dropout included."""
+    args = train_svd.parse(
+        train_svd.build_parser(),
+        ["--seed=4", "--P_mean=0.7", "--P_std=1.6", "--vae_encode_chunk=5"],
+    )
+    live, stored = (batch_of(data_of(frames, c), range(4)) for c in (None, cached))
+    assert stored["pixel_values"].shape[1] == 1 and live["pixel_values"].shape[1] == 5
+    with torch.no_grad():
+        a, b = (train_svd.svd_loss(pipe.unet, pipe, batch, args) for batch in (live, stored))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"buckets": 8}])
+def test_of_video_files_too_sampled_by_time_and_in_every_size(pipe, tmp_path, how):
+    films.write(tmp_path / "files" / "a.mkv", "ffv1", "bgr0", frames=30, size=(96, 64))
+    films.write(tmp_path / "files" / "b.mp4", frames=30, size=(64, 96), gop=12)
+    folder = make(
+        tmp_path / "cache", tmp_path / "files", *["--buckets"] * len(how), "--vae_encode_chunk=7"
+    )
+    args = train_svd.parse(train_svd.build_parser(), ["--seed=4", "--P_mean=0.7", "--P_std=1.6"])
+    live, stored = (
+        train_svd.DummyDataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, c, **how)
+        for c in (None, folder)
+    )
+    for index in range(4):
+        batches = [batch_of(data, [index]) for data in (live, stored)]
+        with torch.no_grad():
+            a, b = (train_svd.svd_loss(pipe.unet, pipe, batch, args) for batch in batches)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if how:
+        with pytest.raises(
+            ValueError,
+            match="[12] of 2 videos are missing, damaged, of another size or have changed",
+        ):
+            train_svd.DummyDataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, folder)
+
+
+def test_a_run_from_the_cache_asks_clip_nothing_and_the_vae_for_one_frame(
+    run, frames, cached, monkeypatch
+):
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionModelWithProjection
+
+    encoded, encode = [], AutoencoderKLTemporalDecoder.encode
+
+    def counted(self, x):
+        encoded.append(len(x))
+        return encode(self, x)
+
+    def never(self, *_, **__):
+        raise AssertionError("CLIP was asked")
+
+    monkeypatch.setattr(AutoencoderKLTemporalDecoder, "encode", counted)
+    monkeypatch.setattr(CLIPVisionModelWithProjection, "forward", never)
+    run(
+        f"--base_folder={frames}",
+        f"--latent_cache={cached}",
+        "--max_train_steps=2",
+        "--per_gpu_batch_size=2",
+    )
+    assert encoded == [1] * 4
+
+
+def test_the_same_command_does_only_what_is_missing_and_leaves_nothing_half(frames, cached):
+    before = {p.name: p.stat().st_mtime_ns for p in cached.iterdir()}
+    (cached / "fall0001.safetensors").unlink()
+    (cached / "fall0002.safetensors").write_bytes(b"damaged")
+    make(cached, frames)
+    after = {p.name: p.stat().st_mtime_ns for p in cached.iterdir()}
+    assert (
+        before.keys()
+        == after.keys()
+        == {latent_cache.DESCRIPTION_FILE, *(f"fall000{i}.safetensors" for i in range(3))}
+    )
+    changed = {
+        name
+        for name in after
+        if name != latent_cache.DESCRIPTION_FILE and after[name] != before[name]
+    }
+    assert changed == {"fall0001.safetensors", "fall0002.safetensors"}
+    assert len(data_of(frames, cached)) == 3
+
+
+def test_a_changed_frame_a_missing_video_and_a_damaged_file_are_one_error(frames, cached):
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(frames / "fall0001" / "003.png")
+    with pytest.raises(ValueError, match="^--latent_cache .*: 1 of 3 videos are missing, damaged, of another size or have changed since, fall0001"):  # fmt: skip
+        data_of(frames, cached)
+    make(cached, frames)
+    (cached / "fall0000.safetensors").unlink()
+    (cached / "fall0002.safetensors").write_bytes(
+        (cached / "fall0002.safetensors").read_bytes()[:100]
+    )
+    with pytest.raises(ValueError, match="2 of 3 videos .*fall0000"):
+        data_of(frames, cached)
+
+
+def test_a_file_that_is_damaged_in_mid_run_is_replaced_by_another_clip_and_named(
+    frames, cached, caplog
+):
+    data = data_of(frames, cached)
+    for file in cached.glob("fall000[12].safetensors"):
+        os.truncate(file, 200)
+    item = data[0]
+    other = data[1]
+    assert item["moments"].shape == other["moments"].shape == (2, 5, 4, 12, 16)
+    assert (
+        "run cache_latents.py again" in caplog.text
+        and "another clip takes its place" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [(["--width=128"], "width 64, this run has 128"), (["--resize_mode=stretch"], "resize_mode crop, this run has stretch")],
+)  # fmt: skip
+def test_a_cache_of_another_size_or_crop_is_refused(run, frames, cached, flags, told):
+    with pytest.raises(ValueError, match=f"^--latent_cache .*: was made with {told}"):
+        run(f"--base_folder={frames}", f"--latent_cache={cached}", "--max_train_steps=1", *flags)
+
+
+def test_a_cache_of_another_model_is_refused_and_half_precision_is_the_same_model(pipe, cached):
+    latent_cache.check_cache(cached, pipe, "no", 64, 48, "crop")
+    half = load_svd(str(TINY_SVD), torch.float16)
+    latent_cache.check_cache(cached, half, "no", 64, 48, "crop")
+    with pytest.raises(ValueError, match="was made with precision no, this run has bf16"):
+        latent_cache.check_cache(cached, pipe, "bf16", 64, 48, "crop")
+    pipe.vae.encoder.conv_in.weight.data[0, 0, 0, 0] *= 1.002
+    with pytest.raises(ValueError, match="was made with models"):
+        latent_cache.check_cache(cached, pipe, "no", 64, 48, "crop")
+    with pytest.raises(
+        ValueError, match="no readable cache.json in it; make it with cache_latents.py"
+    ):
+        latent_cache.check_cache(cached / "none", pipe, "no", 64, 48, "crop")
+
+
+def test_the_size_is_told_before_and_is_the_size(frames, tmp_path, capsys, caplog):
+    with caplog.at_level("INFO"):
+        out = make(tmp_path / "cache", frames)
+    (said,) = (r.getMessage() for r in caplog.records if "to do:" in r.getMessage())
+    need = 3 * 8 * (8 * 12 * 16 + 64) * 4
+    assert f"3 videos, 3 to do: {need / 1e9:.2f} GB" in said
+    size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert size == pytest.approx(need, rel=0.05)
+
+
+def test_a_full_disk_is_told_before_anything_is_encoded(frames, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ValueError, match="^--latent_cache .*: needs .* GB, 0.00 GB are free"):
+        make(tmp_path / "cache", frames)
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_clip_and_decoder_stay_on_the_cpu_and_come_to_the_device_only_to_render(pipe):
+    """With `meta` in the place of a GPU."""
+    gpu = torch.device("meta")
+    loading.move_encoders(pipe, torch.float32, gpu, whole=False)
+    modules = {"encoder": pipe.vae.encoder, "decoder": pipe.vae.decoder, "clip": pipe.image_encoder}
+    assert {k: next(m.parameters()).device.type for k, m in modules.items()} == {
+        "encoder": "meta", "decoder": "cpu", "clip": "cpu"
+    }  # fmt: skip
+    moved = []
+    for name in ("decoder", "clip"):
+        modules[name].to = lambda where, name=name: moved.append((name, str(where)))
+    with loading.encoders_on_device(pipe, gpu):
+        assert sorted(moved) == [("clip", "meta"), ("decoder", "meta")]
+    assert sorted(moved[2:]) == [("clip", "cpu"), ("decoder", "cpu")]
+
+
+def test_a_video_that_cannot_be_read_does_not_hold_up_the_others(frames, tmp_path, caplog):
+    """It is named, not tried again, and in training another clip stands in for it."""
+    (frames / "fall0001" / "004.png").write_bytes(b"no picture")
+    folder = make(tmp_path / "cache", frames)
+    assert (
+        "004.png: cannot be read as a picture" in caplog.text
+        and "its video is left out" in caplog.text
+    )
+    data = data_of(frames, folder)
+    items = [data[i] for i in range(3)]
+    assert [item["failed"] for item in items].count(1) >= 1 and all(
+        "moments" in item for item in items
+    )
+
+
+def test_two_processes_share_the_work_and_forget_no_video(frames, tmp_path):
+    env = {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", "cache_latents.py", f"--base_folder={frames}", "--width=64", "--height=48",
+               f"--latent_cache={tmp_path / 'two'}"]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "3 to do" in done.stderr and "2 process" in done.stderr
+    one = make(tmp_path / "one", frames)
+    for file in one.glob("*.safetensors"):
+        a, b = load_file(file), load_file(tmp_path / "two" / file.name)
+        assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_two_folders_with_a_video_of_one_name_are_an_error(frames, cached, tmp_path):
+    shutil.copytree(frames, tmp_path / "other")
+    with pytest.raises(
+        ValueError, match="^--latent_cache .*: two folders hold a video [^ ]+; rename one"
+    ):
+        train_svd.DummyDataset(
+            [frames, tmp_path / "other"], 64, 48, 8, 7, 127, "crop", cached=cached
+        )
+
+
+def test_cache_json_says_what_it_was_made_with(cached):
+    told = json.loads((cached / latent_cache.DESCRIPTION_FILE).read_text())
+    assert {k: told[k] for k in ("width", "height", "resize_mode")} == {
+        "width": 64,
+        "height": 48,
+        "resize_mode": "crop",
+    }

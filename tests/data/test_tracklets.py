@@ -1,0 +1,530 @@
+"""Tracklets: what annotation files say, what a crop leaves of it, what is drawn and what is scored."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svd_xtend.data import annotations, images
+from svd_xtend.data.tracklets import (
+    Tracklets,
+    beside_boxes,
+    box_iou,
+    crop_window,
+    draw_boxes,
+    fit_to_picture,
+    palette,
+)
+from svd_xtend.demo.synthetic_clips import (
+    is_contrasting,
+    make_clip,
+    measure_control,
+    segment_boxes,
+    write_clips,
+)
+from svd_xtend.evaluation import tracklet_score
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+real_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="real annotations are not part of the repo"
+)
+
+
+def some(f=6, n=3, seed=0):
+    """Random tracklets with gaps."""
+    rng = np.random.default_rng(seed)
+    corner, size = rng.uniform(0, 0.6, (f, n, 2)), rng.uniform(0.1, 0.4, (f, n, 2))
+    boxes = np.concatenate([corner, corner + size], -1).astype(np.float32)
+    valid = rng.random((f, n)) < 0.8
+    return Tracklets(
+        boxes, valid, valid.copy(), palette(n), tuple(map(str, range(n))), ("car",) * n
+    )
+
+
+def write(path, document):
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def bdd_frames():
+    box = {"x1": 0, "y1": 36, "x2": 63, "y2": 71}
+    return [
+        {"name": "v-0000001.jpg", "videoName": "v", "frameIndex": 0, "labels": [
+            {"id": "7", "category": "car", "attributes": {"Occluded": True}, "box2d": box},
+            {"id": 8, "category": "pedestrian", "attributes": {"crowd": False}, "box2d": box},
+            {"id": "9", "category": "lane", "poly2d": []},
+        ]},
+        {"name": "v-0000002.jpg", "videoName": "v", "frameIndex": 1, "labels": None},
+        {"name": "v-0000003.jpg", "videoName": "v", "frameIndex": 2},
+        {"name": "v-0000004.jpg", "videoName": "v", "frameIndex": 3, "labels": [{"id": 7, "category": "car", "box2d": box}]},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda frames: frames, lambda frames: {"frames": frames, "config": {}}]
+)
+def test_bdd100k_reads_both_layouts_any_id_null_labels_and_missing_boxes(tmp_path, wrap):
+    got = annotations.read_tracklets(write(tmp_path / "v.json", wrap(bdd_frames())), (128, 72))["v"]
+    assert got.ids == ("7", "8") and got.categories == ("car", "pedestrian")
+    assert got.valid.tolist() == [[True, True], [False, False], [False, False], [True, False]]
+    np.testing.assert_allclose(
+        got.boxes[0, 0], [0, 0.5, 0.5, 1]
+    )  # the right and lower pixel belong to the box
+
+
+def test_scalabels_own_size_wins_over_the_pictures(tmp_path):
+    document = {"frames": bdd_frames(), "config": {"imageSize": {"width": 128, "height": 72}}}
+    got = annotations.read_tracklets(write(tmp_path / "v.json", document), (1, 1))["v"]
+    np.testing.assert_allclose(got.boxes[0, 0], [0, 0.5, 0.5, 1])
+
+
+def test_older_bdd_files_count_frames_as_index_or_not_at_all(tmp_path):
+    for key in ("index", None):
+        frames = [{k: v for k, v in f.items() if k != "frameIndex"} for f in bdd_frames()]
+        if key:
+            for i, frame in enumerate(frames):
+                frame[key] = i
+        assert annotations.read_tracklets(write(tmp_path / "v.json", frames), (128, 72))["v"].valid[
+            :, 0
+        ].tolist() == [
+            1,
+            0,
+            0,
+            1,
+        ]
+
+
+@pytest.mark.parametrize("columns", ["1,1,1", "1,-1,-1,-1"])
+def test_motchallenge_counts_frames_and_pixels_from_one(tmp_path, columns):
+    (tmp_path / "seq" / "gt").mkdir(parents=True)
+    (tmp_path / "seq" / "seqinfo.ini").write_text("[Sequence]\nimWidth=100\nimHeight=50\n")
+    file = tmp_path / "seq" / "gt" / "gt.txt"
+    file.write_text(f"1,4,1,1,50,25,{columns}\n3,4,51,26,50,25,{columns}\n3,9,-9,1,20,25,0,1,1\n\n")
+    got = annotations.read_tracklets(file)["seq"]
+    assert got.ids == ("4",) and got.valid[:, 0].tolist() == [True, False, True]
+    np.testing.assert_allclose(got.boxes[[0, 2], 0], [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
+
+
+def test_kitti_leaves_out_dontcare_but_counts_its_frame(tmp_path):
+    tail = " -1" * 7
+    file = write(
+        tmp_path / "0001.txt",
+        f"0 2 Car 0 0 1.5 10 0 20 5{tail}\n4 -1 DontCare -1 -1 -10 1 1 2 2{tail}\n",
+    )
+    got = annotations.read_tracklets(file, (20, 10))["0001"]
+    assert got.ids == ("2",) and got.categories == ("Car",) and len(got) == 5
+    np.testing.assert_allclose(got.boxes[0, 0], [0.5, 0, 1, 0.5])
+
+
+def test_youtube_vis_null_is_absent(tmp_path):
+    document = {
+        "videos": [{"id": 3, "width": 10, "height": 10, "length": 3, "file_names": ["abc/0.jpg", "abc/5.jpg", "abc/10.jpg"]}],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [{"id": 5, "video_id": 3, "category_id": 1, "bboxes": [[0, 0, 5, 5], None, [5, 5, 5, 5]]}],
+    }  # fmt: skip
+    got = annotations.read_tracklets(write(tmp_path / "y.json", document))["abc"]
+    assert got.valid[:, 0].tolist() == [True, False, True] and got.categories == ("dog",)
+    np.testing.assert_allclose(got.boxes[2, 0], [0.5, 0.5, 1, 1])
+
+
+def test_own_format_hits_its_keyframes_is_soft_between_them_and_null_ends_it(tmp_path):
+    boxes = {"0": [0, 0, 20, 10], "4": [40, 20, 60, 30], "6": None, "8": [0, 0, 10, 10]}
+    document = {
+        "size": [100, 50],
+        "frames": 10,
+        "tracklets": [{"id": "a", "category": "rhino", "boxes": boxes}],
+    }
+    got = annotations.read_tracklets(write(tmp_path / "clip.json", document))["clip"]
+    assert got.valid[:, 0].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 1, 0]
+    assert got.hard[:, 0].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+    np.testing.assert_allclose(
+        got.boxes[[0, 2, 4], 0], [[0, 0, 0.2, 0.2], [0.2, 0.2, 0.4, 0.4], [0.4, 0.4, 0.6, 0.6]]
+    )
+
+
+def test_own_format_holds_several_videos_and_reads_back_what_it_wrote(tmp_path):
+    ours = some()
+    annotations.write_tracklets(tmp_path / "a.json", ours)
+    document = json.loads((tmp_path / "a.json").read_text())
+    got = annotations.read_tracklets(
+        write(tmp_path / "all.json", {"videos": {"a": document, "b": document}})
+    )
+    assert got.keys() == {"a", "b"} and got["b"].ids == ours.ids
+    assert (got["a"].valid == ours.valid).all() and (got["a"].hard == ours.hard).all()
+    np.testing.assert_allclose(got["a"].boxes[ours.valid], ours.boxes[ours.valid], atol=1e-5)
+
+
+def test_the_readmes_boxes_are_read(tmp_path):
+    text = (
+        (Path(__file__).parents[2] / "README.md").read_text().split("```json\n")[1].split("```")[0]
+    )
+    got = annotations.read_tracklets(write(tmp_path / "a.json", text))["a"]
+    assert got.ids == ("rhino", "mammoth") and len(got) == 14
+    assert got.valid.sum(0).tolist() == [14, 7] and got.hard.sum(0).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("{", "expected JSON"),
+        ('{"a": 1}', "tracklets"),
+        ("7", "17 or 18 words"),
+        ("1,2,abc,4,5,6,1,1,1", "line 1: expected 9 or 10 numbers"),
+        ("1,1,1,1,5,5,1,1,1\n0,1,1,1,5,5,1,1,1", "line 2"),
+        ("1,-1,1,1,5,5,1,1,1", "run a tracker"),
+        ("0 1 Car 0 0", "line 1: expected 17 or 18 words"),
+        (
+            '[{"name": "a", "labels": [{"id": 1, "box2d": {"x1": 0, "y1": "b", "x2": 1, "y2": 1}}]}]',
+            "frame 0, label 0",
+        ),
+        ('[{"name": "a", "labels": [{"box2d": {}}]}]', "id and box2d"),
+        ('["a"]', "frame 0"),
+        ('{"tracklets": [{"boxes": {"0": [0, 0, 1]}}]}', "tracklets[0], frame 0"),
+        ('{"tracklets": [{"boxes": {"x": [0, 0, 1, 1]}}]}', "frames counted from 0"),
+        ('{"tracklets": [{"boxes": {"0": [0.5, 0, 0.4, 1]}}]}', "x1 <= x2"),
+        ('{"tracklets": [], "size": [1]}', "one of the formats"),
+        ('{"videos": {"a": []}}', "one of the formats"),
+        ('{"annotations": null}', "one of the formats"),
+        ('[{"labels": 3}]', "one of the formats"),
+        ('{"frames": "14"}', "a list"),
+        ("[]", "at least one video"),
+        ("", "at least one video"),
+        ('{"tracklets": {}}', "a list"),
+        ('{"videos": [], "annotations": [{"video_id": 1}]}', "annotations[0]: video_id"),
+    ],
+)
+def test_a_malformed_file_is_one_error_with_file_record_and_expectation(tmp_path, text, told):
+    file = write(tmp_path / "bad.txt", text)
+    with pytest.raises(ValueError) as error:
+        annotations.read_tracklets(file, (10, 10))
+    assert str(error.value).startswith(str(file)) and told in str(error.value)
+
+
+def test_missing_files_binary_files_and_unknown_sizes_are_named(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ValueError, match="binary.txt: cannot be read"):
+        annotations.read_tracklets(tmp_path / "binary.txt")
+    with pytest.raises(ValueError, match="none.txt: cannot be read"):
+        annotations.read_tracklets(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="size"):
+        annotations.read_tracklets(write(tmp_path / "a.txt", "1,1,1,1,5,5,1,1,1"))
+
+
+def test_boxes_that_are_nan_or_have_no_area_are_left_out_with_a_warning(tmp_path, caplog):
+    file = write(
+        tmp_path / "a.txt",
+        "1,1,1,1,5,5,1,1,1\n2,1,nan,1,5,5,1,1,1\n3,1,1,1,0,5,1,1,1\n4,1,1,1,-3,5,1,1,1\n",
+    )
+    got = annotations.read_tracklets(file, (10, 10))["a"]
+    assert got.valid[:, 0].tolist() == [True, False, False, False]
+    assert "left out 3 boxes" in caplog.text
+
+
+@real_data
+def test_real_annotations_parse():
+    expected = {
+        "bdd100k/b1c66a42-6f7d68ca.json": ((1280, 720), 202, 144, "car"),
+        "kitti/label_02/0001.txt": ((1242, 375), 447, 98, "Car"),
+        "mot15/TUD-Campus/gt/gt.txt": ((640, 480), 71, 8, ""),
+        "mammoth_rhino/gt/gt.txt": (None, 49, 2, "1"),
+    }
+    for name, (size, frames, objects, category) in expected.items():
+        (got,) = annotations.read_tracklets(DATA / name, size).values()
+        assert (len(got), len(got.ids)) == (frames, objects) and category in got.categories
+        seen = fit_to_picture(got, size or (854, 480), 512, 320, "crop", range(14), 8)
+        assert seen.boxes.min() >= 0 and seen.boxes.max() <= 1 and seen.valid.any()
+
+
+def test_a_picture_finds_its_own_boxes_in_a_file_of_many_or_says_that_there_are_none(tmp_path):
+    a, b = some(4, 1), some(5, 1)
+    for name, tracklets in (("a", a), ("b", b)):
+        annotations.write_tracklets(tmp_path / f"{name}.json", tracklets)
+    many = {"videos": {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab"}}
+    file = write(tmp_path / "many.json", many)
+    assert len(annotations.tracklets_for(file, "x/b/000.png", (8, 8))) == 5  # after its folder
+    assert len(annotations.tracklets_for(file, "x/a.png", (8, 8))) == 4  # after its name
+    assert (
+        len(annotations.tracklets_for(tmp_path / "a.json", "x/photo.png", (8, 8))) == 4
+    )  # the only ones
+    with pytest.raises(
+        ValueError, match=r"has 2 videos, none of them named x or photo: \['a', 'b'\]"
+    ):
+        annotations.tracklets_for(file, "x/photo.png", (8, 8))
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    annotations.write_tracklets(tmp_path / "a.json", some(4, 1))
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.json").read_bytes())
+    assert len(annotations.read_tracklets(tmp_path / "b.json")["b"]) == 4
+
+
+def test_a_folder_of_annotations_is_searched_for_the_videos_name(tmp_path):
+    annotations.write_tracklets(tmp_path / "a.json", some(4, 1))
+    (tmp_path / "b").mkdir()
+    annotations.write_tracklets(tmp_path / "b" / "tracklets.json", some(5, 2))
+    assert len(annotations.tracklets_of(tmp_path, "a", (8, 8))) == 4
+    assert len(annotations.tracklets_of(tmp_path, "b", (8, 8))) == 5
+    assert annotations.tracklets_of(tmp_path, "c", (8, 8)) is None
+    assert annotations.tracklets_of(tmp_path / "a.json", "c", (8, 8)) is None
+    assert len(annotations.tracklets_of(tmp_path / "a.json", "c", (8, 8), only=True)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------- crops and windows
+
+
+@pytest.mark.parametrize("size, target, mode", [((100, 50), (48, 48), "crop"), ((50, 100), (64, 48), "crop"), ((90, 50), (64, 48), "stretch")])  # fmt: skip
+def test_projected_boxes_are_where_load_image_put_the_object(tmp_path, size, target, mode):
+    """A white rectangle is annotated; after load_image and project it is in its box."""
+    w, h = size
+    picture = np.zeros((h, w, 3), np.uint8)
+    picture[h // 3 : h // 2, w // 3 : w // 2] = 255
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    box = np.array([w // 3 / w, h // 3 / h, w // 2 / w, h // 2 / h], np.float32)
+    there = np.ones((1, 1), bool)
+    tracklets = Tracklets(box[None, None], there, there, palette(1), ("0",), ("",))
+    seen = np.asarray(images.load_image(tmp_path / "a.png", *target, mode))[..., 0] > 127
+    y, x = np.nonzero(seen)
+    found = np.array(
+        [
+            x.min() / target[0],
+            y.min() / target[1],
+            (x.max() + 1) / target[0],
+            (y.max() + 1) / target[1],
+        ]
+    )
+    projected = tracklets.project(crop_window(size, *target, mode)).boxes[0, 0]
+    np.testing.assert_allclose(projected, found, atol=1 / 48)
+
+
+def test_a_box_outside_the_crop_becomes_a_line_on_its_border():
+    there = np.ones((1, 1), bool)
+    tracklets = Tracklets(
+        np.array([[[0.8, 0.4, 0.9, 0.6]]], np.float32), there, there, palette(1), ("0",), ("",)
+    )
+    np.testing.assert_allclose(tracklets.project((0.25, 0, 0.75, 1)).boxes[0, 0], [1, 0.4, 1, 0.6])
+
+
+def test_flip_twice_is_nothing_and_flip_mirrors():
+    ours = some()
+    np.testing.assert_allclose(ours.flip().flip().boxes, ours.boxes, atol=1e-6)
+    np.testing.assert_allclose(ours.flip().boxes[..., 0], 1 - ours.boxes[..., 2])
+
+
+def test_windows_beyond_the_annotation_hold_nothing():
+    ours = some(6)
+    late = ours.at(range(4, 9))
+    assert len(late) == 5 and not late.valid[2:].any() and (late.valid[:2] == ours.valid[4:]).all()
+    assert not ours.at(range(9, 12)).valid.any() and len(ours.at(range(9, 12))) == 3
+
+
+def test_select_takes_the_largest_and_longest_and_never_the_unseen():
+    boxes = np.zeros((4, 4, 4), np.float32)
+    boxes[:, 0] = [0, 0, 0.2, 0.2]  # small, always there
+    boxes[:, 1] = [0, 0, 0.9, 0.9]  # large, one frame
+    boxes[:, 2] = [1, 0.2, 1, 0.4]  # outside: a line
+    boxes[:, 3] = [0, 0, 0.005, 0.005]  # a speck
+    valid = np.ones((4, 4), bool)
+    valid[1:, 1] = False
+    ours = Tracklets(boxes, valid, valid, palette(4), ("a", "b", "c", "d"), ("",) * 4)
+    assert ours.select(8).ids == ("a", "b", "d")
+    assert ours.select(8, min_size=0.02).ids == ("a", "b")
+    assert ours.select(1).ids == ("b",)
+    assert ours.select(2).pad(5).ids == ("a", "b", "", "", "")
+    with pytest.raises(ValueError, match="4 objects do not fit 2 slots"):
+        ours.pad(2)
+
+
+# ------------------------------------------------------------------------------------------------------ soft and drawn
+
+
+def test_soft_boxes_hold_the_hard_ones_and_grow_by_a_ninth_on_average():
+    boxes = np.full((4000, 1, 4), 0.5, np.float32)
+    there = np.ones((4000, 1), bool)
+    ours = Tracklets(boxes, there, there, palette(1), ("0",), ("",))
+    rng = np.random.default_rng(0)
+    soft = ours.soften(rng, 1.0).relaxed(rng)
+    margins = (soft.boxes - boxes) * [-1, -1, 1, 1]
+    assert (
+        (margins >= 0).all()
+        and margins.mean() == pytest.approx(1 / 9, rel=0.03)
+        and not soft.hard.any()
+    )
+    assert soft.boxes.min() >= 0 and soft.boxes.max() <= 1
+    np.testing.assert_allclose(
+        ours.soften(rng, 1.0).relaxed().boxes[0, 0], [0.5 - 1 / 9] * 2 + [0.5 + 1 / 9] * 2
+    )
+    many = Tracklets(np.tile(boxes[:8], (1, 500, 1)), np.ones((8, 500), bool), np.ones((8, 500), bool), palette(500), ("",) * 500, ("",) * 500)  # fmt: skip
+    hard = many.soften(rng, 0.8).hard
+    assert hard.mean() == pytest.approx(0.2, abs=0.04)
+    assert hard.all(0).mean() == pytest.approx(
+        0.1, abs=0.05
+    )  # half of the objects are soft or hard as a whole
+    assert (ours.soften(rng, 0.0).relaxed(rng).boxes == boxes).all()
+
+
+def test_drawn_boxes_are_found_again_by_their_colour_and_frame_0_is_clean():
+    """And nothing is drawn for slots in which nothing is."""
+    ours = some(5, 3, seed=4).pad(6)
+    grey = np.full((5, 3, 48, 64), 100, np.uint8)
+    drawn = draw_boxes(grey, ours)
+    assert (drawn[0] == 100).all()
+    for f in range(1, 5):
+        color = (ours.colors * 255).round()
+        hits = (np.abs(drawn[f].transpose(1, 2, 0)[None] - color[:, None, None]).max(-1) < 2).any(
+            (1, 2)
+        )
+        assert not hits[~ours.valid[f]].any() and hits.sum() >= 1
+    alone = some(2, 1, seed=1)
+    alone = Tracklets(
+        alone.boxes, np.ones((2, 1), bool), np.ones((2, 1), bool), alone.colors, ("0",), ("",)
+    )
+    y, x = np.nonzero((draw_boxes(grey[:2], alone)[1] != 100).any(0))
+    found = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / [64, 48, 64, 48]
+    np.testing.assert_allclose(found, alone.boxes[1, 0], atol=1 / 48)
+
+
+def test_lines_never_leave_a_thin_box():
+    there = np.ones((2, 1), bool)
+    box = np.tile(np.array([0.25, 0.25, 0.25 + 1 / 64, 0.75], np.float32), (2, 1, 1))
+    thin = Tracklets(box, there, there, palette(1), ("0",), ("",))
+    y, x = np.nonzero(draw_boxes(np.zeros((2, 3, 48, 64), np.uint8), thin, line_width=3)[1, 0])
+    assert (x.min(), x.max(), y.min(), y.max()) == (16, 16, 12, 35)
+
+
+def test_lines_are_as_thick_as_the_picture_is_wide():
+    there = np.ones((2, 1), bool)
+    box = np.tile(np.array([0.25, 0.25, 0.75, 0.75], np.float32), (2, 1, 1))
+    ours = Tracklets(box, there, there, palette(1), ("0",), ("",))
+    for width, line in ((512, 2), (1024, 4), (2048, 8), (64, 2)):
+        drawn = draw_boxes(np.zeros((2, 3, width // 2, width), np.uint8), ours)[1, 0]
+        assert (drawn[width // 4, : width // 2] > 0).sum() == line
+
+
+def test_only_ends_keeps_the_first_and_last_box_and_is_soft_on_the_straight_line_between():
+    whole = make_clip((1, 1), "roam").tracklets()
+    ends = whole.only_ends()
+    np.testing.assert_array_equal(ends.boxes[[0, -1]], whole.boxes[[0, -1]])
+    np.testing.assert_allclose(
+        ends.boxes, np.linspace(whole.boxes[0], whole.boxes[-1], 8), atol=1e-6
+    )
+    assert ends.hard[[0, -1]].all() and not ends.hard[1:-1].any() and ends.valid.all()
+
+
+def test_colours_are_a_permutation_of_the_palette():
+    ours = some().pad(8)
+    shuffled = ours.shuffled_colors(np.random.default_rng(0))
+    assert not (shuffled.colors == ours.colors).all()
+    assert sorted(map(tuple, shuffled.colors.tolist())) == sorted(map(tuple, ours.colors.tolist()))
+    assert len({tuple(c) for c in ours.colors.tolist()}) == 8
+
+
+def test_render_shows_boxes_and_leaves_the_frames_alone():
+    clip = make_clip((1, 1), "roam")
+    frames = [Image.fromarray(frame) for frame in clip.frames]
+    pictures = beside_boxes(frames, clip.tracklets())
+    assert len(pictures) == 8 and pictures[0].size == (2 * 256 + images.SHEET_GAP, 192)
+    left, right = np.asarray(pictures[3])[:, :256], np.asarray(pictures[3])[:, -256:]
+    assert (left == np.asarray(images.enlarge(frames[3], 256))).all() and (left != right).any()
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def test_written_clips_bring_their_boxes(tmp_path):
+    write_clips(tmp_path, "roam", 1, seed=3)
+    clip = make_clip((3, 0), "roam")
+    (got,) = annotations.read_tracklets(tmp_path / "roam0000" / "tracklets.json").values()
+    np.testing.assert_allclose(got.boxes, clip.boxes, atol=1e-5)
+    assert got.hard.all() and got.categories == tuple(clip.kinds)
+
+
+def test_roaming_shapes_do_not_go_where_they_point():
+    """So that only boxes tell where: the angle between a pointed shape's first steps and its nose is at least about
+    60 degrees. The nose is where the white pixels are."""
+    for i in range(30):
+        clip = make_clip((8, i), "roam")
+        if len(clip.kinds) > 1 or clip.kinds[0] in ("disc", "ring"):
+            continue
+        y, x = np.nonzero(clip.frames[0].min(-1) > 230)
+        nose = np.array([x.mean(), y.mean()]) - clip.centroids[0, 0]
+        step = clip.centroids[1, 0] - clip.centroids[0, 0]
+        cos = nose @ step / np.linalg.norm(nose) / np.linalg.norm(step)
+        assert cos < 0.7, (i, cos)
+
+
+def test_control_is_measured_by_the_objects_own_pixels():
+    """The truth follows its own boxes, another clip's picture does not, an empty picture not at all."""
+    clips = [make_clip((9, i), "roam") for i in range(12)]
+    assert np.mean([measure_control(c.frames, c)["mean_iou"] for c in clips]) > 0.9
+    assert min(measure_control(c.frames, c)["success"] for c in clips) == 1
+    grey = np.full_like(clips[0].frames, 100)
+    assert measure_control(grey, clips[0]) == {"mean_iou": 0.0, "success": 0.0}
+    assert all((found == 0).all() for found in segment_boxes(grey, clips[0].colors))
+
+
+def test_boxes_drawn_by_mistake_are_not_taken_for_objects():
+    """The asked outlines alone, on grey, in the colours that the evaluation uses."""
+    scores = []
+    for i in range(12):
+        clip = make_clip((9, i), "roam")
+        asked = is_contrasting(clip.tracklets().pad(8), clip.colors)
+        drawn = draw_boxes(np.full((8, 3, 48, 64), 100, np.uint8), asked).transpose(0, 2, 3, 1)
+        scores.append(measure_control(drawn, clip)["mean_iou"])
+    assert np.mean(scores) < 0.05
+
+
+def test_roaming_shapes_go_far():
+    """A picture that stands still does not follow the boxes by accident."""
+    clips = [make_clip((9, i), "roam") for i in range(24)]
+    still = [measure_control(np.repeat(c.frames[:1], 8, 0), c)["mean_iou"] for c in clips]
+    assert np.mean(still) < 0.3
+
+
+def test_iou_of_known_boxes():
+    a = np.array([0, 0, 0.5, 0.5])
+    for b, expected in (
+        ([0, 0, 0.5, 0.5], 1),
+        ([0.25, 0, 0.75, 0.5], 1 / 3),
+        ([0.5, 0.5, 1, 1], 0),
+        ([0, 0, 0, 0], 0),
+    ):
+        assert box_iou(a, np.array(b)) == pytest.approx(expected)
+
+
+def test_score_counts_misses_swaps_and_shifts():
+    rng = np.random.default_rng(0)
+    start = rng.uniform(0, 0.4, (1, 2, 2)) + [[[0, 0], [0.5, 0.5]]]
+    boxes = np.concatenate([start, start + 0.1], -1).repeat(6, 0).astype(np.float32)
+    there = np.ones((6, 2), bool)
+    asked = Tracklets(boxes, there, there, palette(2), ("0", "1"), ("", ""))
+    assert tracklet_score.score_tracklets(asked, asked) == {
+        "boxes": 10,
+        "mean_iou": 1,
+        "success": 1,
+        "mota": 1,
+        "idf1": 1,
+    }
+    shifted = Tracklets(
+        boxes + np.array([0.02, 0, 0.02, 0], np.float32),
+        there,
+        there,
+        asked.colors,
+        ("0", "1"),
+        ("", ""),
+    )
+    assert tracklet_score.score_tracklets(asked, shifted)["mean_iou"] == pytest.approx(
+        0.08 / 0.12, abs=1e-5
+    )
+    missed = shifted.choose([0])
+    figures = tracklet_score.score_tracklets(asked, missed)
+    assert (
+        figures["success"] == 0.5
+        and figures["mota"] == 0.5
+        and figures["mean_iou"] == pytest.approx(1 / 3, abs=1e-5)
+    )
+    assert tracklet_score.score_tracklets(asked, asked.none())["success"] == 0
