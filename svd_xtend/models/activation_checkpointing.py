@@ -53,7 +53,7 @@ def recompute_in_backward(forward):
     def recompute(module, *args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
-        return checkpoint_activations(
+        return checkpoint(
             forward, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import dataset, picture
+from test_dummy_dataset import dataset, picture
 
 import train_svd
 from svd_xtend.data import folder_index, images, sampler
