@@ -23,6 +23,21 @@ EXPECTED_METADATA = '{"fps": 7, "motion_bucket_id": 127, "caption": "a dog"}'
 
 
 @dataclass(frozen=True)
+class ClipSpec:
+    """Describe the clips that a model is trained on.
+
+    width, height: pixels; 0 where sizes are not needed. num_frames: frames of a clip. fps: frames per second of a clip, or
+    "native" for the frame rate of each video. resize_mode: "crop" or "stretch".
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float | str
+    resize_mode: str = "crop"
+
+
+@dataclass(frozen=True)
 class Clip:
     """path: a folder, of whose frames `files` are the names, or a video file; rate: frames a second; times:
     seconds (n,) of a file's frames, as it counts them; source_size: (width, height) of its frames, size: of a sample of it,
