@@ -1,32 +1,146 @@
-"""TODO training.flag_types."""
+"""Types for argparse flags that check the range of a number.
 
-import logging
+    parser.add_argument("--width", type=multiple_of_8, default=512)
+    parser.add_argument("--fps", type=number_or_word("native", positive_float), default=7)
+
+A value outside the range ends the script with one line that names the flag:
+
+    train_svd.py: error: argument --width: expected a multiple of 8, for example 320; got 325
+
+argparse applies a type to defaults that are strings, and not to numbers or None.
+"""
+
+import argparse
 import math
-
-logger = logging.getLogger("svd_xtend")
-
-
-def number_or_word(word):
-    """The type of a flag that is a number, or this word."""
-
-    def number(text):
-        return text if text == word else float(text)
-
-    number.__name__ = f"number or {word}"  # argparse's error names it
-    return number
+from collections.abc import Callable
 
 
-def find_wrong_number(args, least):
-    """What is wrong with a size, with one of {flag: its least value}, or with a rate, as an error; None where nothing is."""
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1. Raise ArgumentTypeError if it is anything else."""
+    value = parse_int(text)
+    if value is None or value < 1:
+        raise wrong_value("a whole number of at least 1", text)
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """Parse a whole number of at least 0. Raise ArgumentTypeError if it is anything else."""
+    value = parse_int(text)
+    if value is None or value < 0:
+        raise wrong_value("a whole number of at least 0", text)
+    return value
+
+
+def multiple_of_8(text: str) -> int:
+    """Parse a positive multiple of 8. Raise ArgumentTypeError if it is anything else.
+
+    The VAE of Stable Video Diffusion makes one latent pixel of 8 x 8 pixels.
+    """
+    value = parse_int(text)
+    if value is None or value < 1 or value % 8 != 0:
+        example = 320 if value is None else max(8, round(value / 8) * 8)
+        raise wrong_value(f"a multiple of 8, for example {example}", text)
+    return value
+
+
+def finite_float(text: str) -> float:
+    """Parse a finite number. Raise ArgumentTypeError if it is anything else."""
+    value = parse_float(text)
+    if value is None:
+        raise wrong_value("a number", text)
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0. Raise ArgumentTypeError if it is anything else."""
+    value = parse_float(text)
+    if value is None or value <= 0:
+        raise wrong_value("a number above 0", text)
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a finite number of at least 0. Raise ArgumentTypeError if it is anything else."""
+    value = parse_float(text)
+    if value is None or value < 0:
+        raise wrong_value("a number of at least 0", text)
+    return value
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1, both included. Raise ArgumentTypeError if it is anything else."""
+    value = parse_float(text)
+    if value is None or not 0 <= value <= 1:
+        raise wrong_value("a fraction from 0 to 1", text)
+    return value
+
+
+def fraction_below_one(text: str) -> float:
+    """Parse a number from 0 to 1, with 0 and without 1. Raise ArgumentTypeError if it is anything else."""
+    value = parse_float(text)
+    if value is None or not 0 <= value < 1:
+        raise wrong_value("a fraction from 0 to less than 1", text)
+    return value
+
+
+def number_or_word(
+    word: str, number: Callable[[str], float] = finite_float
+) -> Callable[[str], float | str]:
+    """Return a type for flags whose value is either a number or this one word.
+
+    number: the type of this module that parses the number, for example `positive_float`.
+    """
+
+    def parse(text: str) -> float | str:
+        if text == word:
+            return word
+        try:
+            return number(text)
+        except argparse.ArgumentTypeError as error:
+            expected, _, got = str(error).rpartition("; got ")
+            raise argparse.ArgumentTypeError(f"{expected}, or {word}; got {got}") from None
+
+    return parse
+
+
+def parse_int(text: str) -> int | None:
+    """Return the whole number that a text holds, or None."""
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def parse_float(text: str) -> float | None:
+    """Return the finite number that a text holds, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def wrong_value(expected: str, text: str) -> argparse.ArgumentTypeError:
+    """Return the error that argparse prints behind the name of the flag."""
+    return argparse.ArgumentTypeError(f"expected {expected}; got {text}")
+
+
+def find_wrong_number(args: argparse.Namespace, least: dict[str, int]) -> str | None:
+    """Return an error message if a size, a frame rate or a number of things is out of range, else None.
+
+    least: {flag: the smallest value that it may have}. None as a value is never wrong.
+    """
     for flag in ("width", "height"):
         value = getattr(args, flag)
         if value % 8 or value <= 0:
-            return f"--{flag} {value}: must be a multiple of 8; try {round(value / 8) * 8 or 8}"
-    for flag, bound in least.items():
+            nearest = max(8, round(value / 8) * 8)
+            return f"--{flag} {value}: must be a multiple of 8; try {nearest}"
+    for flag, smallest in least.items():
         value = getattr(args, flag, None)
-        if value is not None and value < bound:
-            return f"--{flag} {value}: must be at least {bound}"
+        if value is not None and value < smallest:
+            return f"--{flag} {value}: must be at least {smallest}"
     for flag in ("fps", "source_fps"):
         value = getattr(args, flag)
         if value not in (None, "native") and not 0 < value < math.inf:
             return f"--{flag} {value}: must be above 0"
+    return None
