@@ -10,6 +10,7 @@ import torch
 
 import infer_svd
 from svd_xtend.demo.tiny_svd import TINY_SVD
+from svd_xtend.inference import pipeline
 from svd_xtend.models.loading import load_svd
 
 ROOT = Path(__file__).parents[1]
