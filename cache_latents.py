@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from svd_xtend.data import latent_cache
+from svd_xtend.data.clip import ClipSpec
 from svd_xtend.data.sampler import ClipCollection
 from svd_xtend.demo.synthetic_clips import ensure_demo
 from svd_xtend.demo.tiny_svd import TINY_SVD
@@ -83,7 +84,10 @@ def start(args):
         ensure_demo(args.base_folder)
         step = args.buckets and pixel_step(args.pretrained_model_name_or_path, args.revision)
         clips = ClipCollection(
-            args.base_folder, 1, "native", 0, size=(args.width, args.height), buckets=step
+            args.base_folder,
+            ClipSpec(args.width, args.height, 1, "native", args.resize_mode),
+            motion_bucket_id=0,
+            bucket_step=step,
         )
     latent_cache.check_cache_names(args.latent_cache, clips)
     pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)

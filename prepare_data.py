@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from svd_xtend.data import annotations, folder_index, images, motion, sampler, split, video_decode
-from svd_xtend.data.clip import DURATION_TOLERANCE, Clip
+from svd_xtend.data.clip import DURATION_TOLERANCE, Clip, ClipSpec
 from svd_xtend.training import flag_types
 
 logger = logging.getLogger("svd_xtend")
@@ -80,7 +80,11 @@ def check(args):
     listing = folder_index.FolderIndex(args.folder)
     listing.fill(measure=look_at_all)
     found = sampler.ClipCollection(
-        listing, args.num_frames, args.fps, 127, args.source_fps, stills=True, quiet=True
+        listing,
+        ClipSpec(width=0, height=0, num_frames=args.num_frames, fps=args.fps),
+        source_fps=args.source_fps,
+        with_pictures=True,
+        quiet=True,
     )
     (kept,), rows = found.kept, []
     a, (own, _) = listing.arrays, found.rates(listing)

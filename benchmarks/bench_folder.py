@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from svd_xtend.data import folder_index, sampler
+from svd_xtend.data.clip import ClipSpec
 
 
 def make(root, videos, frames):
@@ -53,13 +54,14 @@ def main(args):
         os.environ["XDG_CACHE_HOME"] = cache
         make(root, args.videos, args.frames)
         seconds = {}
+        spec = ClipSpec(width=0, height=0, num_frames=args.frames, fps=7)
         for name in ("first start", "next start"):
             began = time.perf_counter()
-            clips = sampler.ClipCollection(root, args.frames)
+            clips = sampler.ClipCollection(root, spec)
             seconds[name] = time.perf_counter() - began
         os.remove(Path(root, "video_0", "0000.jpg"))
         began = time.perf_counter()
-        assert len(sampler.ClipCollection(root, args.frames)) == args.videos - 1
+        assert len(sampler.ClipCollection(root, spec)) == args.videos - 1
         seconds["after one has changed"] = time.perf_counter() - began
         answer = multiprocessing.Queue()
         process = multiprocessing.get_context("fork").Process(

@@ -14,6 +14,7 @@ from PIL import Image
 
 import prepare_data
 from svd_xtend.data import annotations, folder_index, split
+from svd_xtend.data.clip import ClipSpec
 from svd_xtend.data.sampler import ClipCollection
 from train_svd import DummyDataset
 
@@ -107,7 +108,7 @@ def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
     films.pictures(tmp_path / "root" / "b", 60)
     for path in (tmp_path / "root").iterdir():
         os.utime(path, (1e9, 1e9))
-    ClipCollection(tmp_path / "root", 8, 7, "auto")
+    ClipCollection(tmp_path / "root", ClipSpec(0, 0, 8, 7), motion_bucket_id="auto")
     cheap = folder_index.FolderIndex(tmp_path / "root").arrays["motions"].copy()
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
     whole = folder_index.FolderIndex(tmp_path / "root").arrays["motions"]
@@ -262,7 +263,10 @@ def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, h
     assert (root / "a.mp4").exists() == (how != "move")
     assert (
         len(
-            ClipCollection([tmp_path / "out" / "train", tmp_path / "out" / "held_out"], 8, "native")
+            ClipCollection(
+                [tmp_path / "out" / "train", tmp_path / "out" / "held_out"],
+                ClipSpec(0, 0, 8, "native"),
+            )
         )
         == 13
     )

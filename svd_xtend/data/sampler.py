@@ -60,24 +60,32 @@ class ClipCollection:
     nearest to the clip's."""
 
     def __init__(
-        self, base_folders, length, fps=7, motion_bucket_id=127, source_fps=None, size=None, buckets=0, stills=False, quiet=False
-    ):  # fmt: skip
+        self,
+        base_folders,
+        spec,
+        *,
+        motion_bucket_id=127,
+        source_fps=None,
+        bucket_step=0,
+        with_pictures=False,
+        quiet=False,
+    ):
         roots = (
             [base_folders] if isinstance(base_folders, (str, Path, FolderIndex)) else base_folders
         )
-        self.fps, self.length = fps, length
-        self.source_fps = source_fps or (DEFAULT_SOURCE_FPS if fps == "native" else fps)
+        self.spec, self.fps, self.length = spec, spec.fps, spec.num_frames
+        self.source_fps = source_fps or (DEFAULT_SOURCE_FPS if spec.fps == "native" else spec.fps)
         self.indexes = [
             root if isinstance(root, FolderIndex) else FolderIndex(root) for root in roots
         ]
         automatic = motion_bucket_id == "auto"
         for listing in self.indexes:
-            listing.fill(sizes=buckets > 0, motions=automatic)
+            listing.fill(sizes=bucket_step > 0, motions=automatic)
         self.kept, self.stills = [], []
         for listing in self.indexes:
             videos, pictures = self.choose(listing)
             self.kept.append(videos)
-            self.stills.append(pictures if stills else pictures[:0])
+            self.stills.append(pictures if with_pictures else pictures[:0])
         for k in range(len(roots) * (not quiet)):
             self.report(k)
         self.sizes = [len(kept) for kept in self.kept]
@@ -96,7 +104,8 @@ class ClipCollection:
         self.motion_buckets[untold] = (
             motion.motion_buckets(self.scores) if automatic else motion_bucket_id
         )
-        self.shapes = bucket_sizes(*size, buckets) if buckets else [size]
+        size = (spec.width, spec.height) if spec.width else None
+        self.shapes = bucket_sizes(*size, bucket_step) if bucket_step else [size]
         self.shape_of = self.nearest_shapes()
 
     def rates(self, listing):

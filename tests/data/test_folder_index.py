@@ -14,6 +14,7 @@ from test_dummy_dataset import dataset, picture
 
 import train_svd
 from svd_xtend.data import folder_index, images, sampler
+from svd_xtend.data.clip import ClipSpec
 from svd_xtend.data.folder_index import FolderIndex
 from svd_xtend.data.sampler import ClipCollection, ClipSampler, draws_per_pool
 
@@ -27,6 +28,11 @@ def videos(root, count, frames=3, old=True):
         if old:
             os.utime(root / f"v{v}", (time.time() - 60,) * 2)
     return root
+
+
+def spec(num_frames):
+    """Return a spec of that many frames, 7 per second, of any size."""
+    return ClipSpec(width=0, height=0, num_frames=num_frames, fps=7)
 
 
 def names(clips):
@@ -52,10 +58,10 @@ def looked(monkeypatch):
 
 def test_the_second_start_lists_nothing_and_finds_the_same(tmp_path, looked):
     root = videos(tmp_path / "root", 12)
-    first = ClipCollection(root, 3, 7, 127)
+    first = ClipCollection(root, spec(3))
     assert sorted(looked) == sorted(f"v{v}" for v in range(12))
     looked.clear()
-    again = ClipCollection(root, 3, 7, 127)
+    again = ClipCollection(root, spec(3))
     assert looked == [] and names(again) == names(first) and told(again) == told(first)
     assert [clip.path.name for clip in first] == [f"v{v}" for v in range(12)]  # natural order
     assert [first[3].path / name for name in first[3].files] == images.list_frames(root / "v3")
@@ -76,13 +82,13 @@ def test_the_second_start_lists_nothing_and_finds_the_same(tmp_path, looked):
 )
 def test_what_changed_is_listed_again_and_nothing_else(tmp_path, looked, change):
     root = videos(tmp_path / "root", 6)
-    before = ClipCollection(root, 2, 7, 127)
+    before = ClipCollection(root, spec(2))
     looked.clear()
     change(root)
-    found = ClipCollection(root, 2, 7, 127)
+    found = ClipCollection(root, spec(2))
     assert len(looked) <= 2 and not set(looked) & {"v0", "v2", "v3"}
     folder_index.index_file(root).unlink()
-    fresh = ClipCollection(root, 2, 7, 127)
+    fresh = ClipCollection(root, spec(2))
     assert names(found) == names(fresh) and told(found) == told(fresh)
     assert names(before) != names(found) or before[1].rate != found[1].rate
 
@@ -90,24 +96,24 @@ def test_what_changed_is_listed_again_and_nothing_else(tmp_path, looked, change)
 def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tmp_path, looked):
     """Its time of change may not show the next change: file systems count in steps."""
     root = videos(tmp_path / "root", 2, old=False)
-    ClipCollection(root, 3, 7, 127)
+    ClipCollection(root, spec(3))
     looked.clear()
-    ClipCollection(root, 3, 7, 127)
+    ClipCollection(root, spec(3))
     assert sorted(looked) == ["v0", "v1"]
 
 
 def test_a_damaged_index_or_one_that_may_not_be_written_costs_a_listing_and_no_more(tmp_path, looked, monkeypatch, caplog):  # fmt: skip
     root = videos(tmp_path / "root", 3)
-    expected = names(ClipCollection(root, 3, 7, 127))
+    expected = names(ClipCollection(root, spec(3)))
     file = folder_index.index_file(root)
     for content in (b"", b"no index", file.read_bytes()[:-4], b"\xff" * 5000):
         file.write_bytes(content)
         looked.clear()
-        assert names(ClipCollection(root, 3, 7, 127)) == expected and len(looked) == 3
+        assert names(ClipCollection(root, spec(3))) == expected and len(looked) == 3
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert names(ClipCollection(root, 3, 7, 127)) == expected
+        assert names(ClipCollection(root, spec(3))) == expected
     assert "the next start lists the folder again" in caplog.text
 
 
@@ -116,7 +122,7 @@ def test_an_index_of_another_format_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_index, "FORMAT", folder_index.FORMAT - 1)
     folder_index.save_index({"names": np.zeros(3, np.uint8)}, folder_index.index_file(root))
     monkeypatch.undo()
-    assert len(ClipCollection(root, 3)) == 3
+    assert len(ClipCollection(root, spec(3))) == 3
 
 
 def found_by(clips, answer):
@@ -125,7 +131,7 @@ def found_by(clips, answer):
 
 def test_loader_processes_that_are_not_forked_read_the_index_where_it_lies(tmp_path):
     clips, context = (
-        ClipCollection(videos(tmp_path / "root", 3), 3, 7, 127),
+        ClipCollection(videos(tmp_path / "root", 3), spec(3)),
         multiprocessing.get_context("spawn"),
     )
     assert clips.indexes[0].__getstate__()["arrays"] is None  # nothing but the path goes over
@@ -141,7 +147,7 @@ def test_names_that_are_no_utf_8_and_videos_without_frames(tmp_path):
     os.mkdir(os.path.join(os.fsencode(root), b"v\xff"))
     os.close(os.open(os.path.join(os.fsencode(root), b"v\xff", b"\xfe.png"), os.O_CREAT))
     (root / "empty").mkdir()
-    clips = ClipCollection(root, 1, 7, 127)
+    clips = ClipCollection(root, spec(1))
     assert len(clips) == 2 and all(
         (clip.path / name).exists() for clip in clips for name in clip.files
     )
@@ -208,7 +214,7 @@ def test_weights_shares_by_largest_remainder():
 def test_a_folder_that_would_hardly_have_a_turn_is_an_error(tmp_path):
     roots = [videos(tmp_path / "a", 2), videos(tmp_path / "b", 2)]
     with pytest.raises(ValueError, match="^--folder_weights 10000 1: one is less than 1/1000"):
-        ClipCollection(roots, 3).pools([10000, 1])
+        ClipCollection(roots, spec(3)).pools([10000, 1])
 
 
 def test_a_weight_for_each_folder(capsys):
