@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from svd_xtend.data import folder_index, sampler, video_decode
+from svd_xtend.data.sampler import ClipCollection
 
 logger = logging.getLogger("svd_xtend")
 
@@ -87,20 +88,27 @@ def validation_part(listings):
     return [listing for listing in copies if listing.used.any()]
 
 
-def prepare_validation_set(held, data, seed, check):
-    """Of a data set of clips held out: raise, if asked to check, where one of them, or what it links to, is among those that train;
-    motion buckets by rank among these; and each clip once, in an order by seed."""
-    some = sampler.indices_to_check(held.clips) if check else ()
-    paths = {(clip := held.clips[int(i)]).path.resolve(): clip.path for i in some}
-    for listing, kept in zip(data.clips.indexes, data.clips.kept):
-        root = listing.root.resolve()
-        own = {path.name: told for path, told in paths.items() if path.parent == root}
-        if both := own.keys() & {listing.name(i) for i in kept.tolist()} if own else ():
+def check_disjoint(validation_clips: ClipCollection, training_clips: ClipCollection) -> None:
+    """Raise ValueError if a validation clip, or the file that it links to, is a training clip.
+
+    Of very many validation clips only a sample is looked at.
+    """
+    paths = {}
+    for index in sampler.indices_to_check(validation_clips):
+        path = validation_clips[int(index)].path
+        paths[path.resolve()] = path
+    for folder_index, kept in zip(training_clips.indexes, training_clips.kept):
+        root = folder_index.root.resolve()
+        in_this_folder = {path.name: shown for path, shown in paths.items() if path.parent == root}
+        if not in_this_folder:
+            continue
+        training_names = {folder_index.name(i) for i in kept.tolist()}
+        shared_names = in_this_folder.keys() & training_names
+        if shared_names:
             raise ValueError(
-                f"--validation_folder: {own[min(both)]} is among the clips that train; hold out others"
+                f"--validation_folder: {in_this_folder[min(shared_names)]} is among the training clips. "
+                "Pass a folder of other clips."
             )
-    held.clips.rank_among(data.clips)
-    held.order = sampler.ClipSampler([(range(len(held)), 1)], seed)
 
 
 @contextlib.contextmanager
