@@ -22,11 +22,11 @@ import numpy as np
 
 import train_svd
 import train_svd_tracklet
-from infer_svd import load_checkpoint
 from svd_xtend.data import images, split, tracklets
 from svd_xtend.demo import synthetic_clips
 from svd_xtend.evaluation import metrics, report
 from svd_xtend.inference import video_writer
+from svd_xtend.inference.pipeline import load_checkpoint
 from svd_xtend.models import loading, precision, unet_optimizations
 from svd_xtend.models.lora import LORA_FILE, load_lora
 from svd_xtend.training import checkpoints, distributed, flag_types, run_record, validation_loss
@@ -227,9 +227,9 @@ def windows(data, count):
         found = []
         for n in range(len(data)):
             clip, start = data.clips[n], 0
-            while start < clip.starts(data.sample_frames, clip.metadata["fps"]):
+            while start < clip.num_starts(data.sample_frames, clip.metadata["fps"]):
                 found.append((n, start))
-                start = int(clip.numbers(start, data.sample_frames, clip.metadata["fps"])[-1]) + 1
+                start = int(clip.frame_indices(start, data.sample_frames, clip.metadata["fps"])[-1]) + 1
     chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
     return [(data.clips[found[i][0]], found[i][1]) for i in chosen]
 
@@ -299,7 +299,7 @@ def render(name, pipe, model, data, args, found, process):
     ]
     sample, rows = counted(train_svd.sample, len(places), f"{name}: clips", process), []
     for i, (clip, start) in places:
-        numbers, told = clip.numbers(start, args.num_frames, clip.metadata["fps"]), clip.metadata
+        numbers, told = clip.frame_indices(start, args.num_frames, clip.metadata["fps"]), clip.metadata
         try:
             true, boxes = (
                 clip.read(numbers, *clip.size, args.resize_mode),

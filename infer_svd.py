@@ -9,71 +9,26 @@ Weights: any SVD, a full export, a checkpoint over its base (--checkpoint, --ema
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from svd_xtend.data import annotations, images, tracklets
 from svd_xtend.demo.tiny_svd import TINY_BOXES, TINY_SVD
-from svd_xtend.inference import video_writer
-from svd_xtend.models import loading, unet_optimizations
-from svd_xtend.models.lora import inject_lora, load_lora, scale_lora
-from svd_xtend.training import checkpoints
-
-
-def load_checkpoint(unet, folder, ema=False, lora_scale=1.0, flag="--checkpoint"):
-    """Put a training checkpoint's parameters, or their moving averages, into `unet`, adapters too."""
-    from safetensors import safe_open
-
-    file = Path(folder, checkpoints.EMA_FILE if ema else checkpoints.TRAINED_FILE)
-    if not file.is_file():
-        hint = (
-            "; it was trained without --use_ema"
-            if ema and Path(folder, checkpoints.TRAINED_FILE).exists()
-            else ""
-        )
-        raise ValueError(f"{flag} {folder}: no {file.name} in it{hint}")
-    with safe_open(file, "pt") as f:
-        has_lora = any(".lora_A." in name for name in f.keys())
-    if has_lora:  # the adapters' shape is in the run's args.json
-        told = Path(folder).resolve().parent / "args.json"
-        if not told.exists():
-            raise ValueError(
-                f"{flag} {folder}: holds adapters, but {told}, which has their shape, is missing"
-            )
-        told = json.loads(told.read_text())
-        alpha = told["rank"] if told["lora_alpha"] is None else told["lora_alpha"]
-        inject_lora(unet, told["rank"], alpha, told["lora_targets"], told["use_dora"])
-    checkpoints.load_trained(unet, file)
-    if has_lora:
-        scale_lora(unet, lora_scale)
+from svd_xtend.inference import pipeline, video_writer
 
 
 def load_pipeline(args):
-    """(the pipeline with all weights that the flags name, the box adapter or None)."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = loading.load_svd(
+    """Return the pipeline with all weights that the flags name, and its box control or None."""
+    return pipeline.load_pipeline(
         args.pretrained_model_name_or_path,
-        torch.float16 if device == "cuda" else torch.float32,
-        args.revision,
+        revision=args.revision,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
+        lora=args.lora,
+        lora_scale=args.lora_scale,
+        tracklet_weights=args.tracklet_weights if args.tracklets else None,
+        box_guidance_scale=args.box_guidance_scale,
+        cpu_offload=args.cpu_offload,
     )
-    if args.checkpoint:
-        load_checkpoint(pipe.unet, args.checkpoint, args.ema, args.lora_scale)
-    if args.lora:
-        load_lora(pipe.unet, args.lora, args.lora_scale)
-    unet_optimizations.speed_up(pipe.unet).to(pipe.image_encoder.dtype)
-    adapter = None
-    if args.tracklets:
-        from svd_xtend.models.box_control import load_box_control
-
-        adapter = load_box_control(pipe.unet, args.tracklet_weights).to(device)
-        adapter.box_guidance_scale = args.box_guidance_scale
-    if args.cpu_offload and device == "cuda":
-        pipe.enable_model_cpu_offload()
-    else:
-        pipe.to(device)
-    return pipe, adapter
 
 
 def read_boxes(args, path, file, num_frames, slots):

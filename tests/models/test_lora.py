@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from infer_svd import load_checkpoint
+from svd_xtend.inference.pipeline import load_checkpoint
 from svd_xtend.models.lora import inject_lora, load_lora, merge_lora, save_lora, target_modules
 from svd_xtend.models.unet_optimizations import WITHOUT_EFFECT
 
