@@ -33,7 +33,7 @@ def encode(pipe, clip, args, device):
 
     parts = {"mean": [], "std": [], "image_embeds": []}
     try:
-        reads = clip.parts(*clip.size, args.resize_mode, args.vae_encode_chunk)
+        reads = clip.chunk_readers(*clip.size, args.resize_mode, args.vae_encode_chunk)
         for frames in ahead(reads, args.num_workers if clip.files else 1):
             pixel_values = (
                 torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -61,10 +61,10 @@ class Scenes:
 
 
 def look_at_all(clip, keys):
-    """In place of Clip.motion: {motions, cuts}, every frame decoded; ValueError where one is damaged."""
+    """In place of Clip.measure_motion: {motions, cuts}, every frame decoded; ValueError where one is damaged."""
     scenes, kept = Scenes(clip.rate), {}
     needed = set(np.concatenate(motion.frame_runs(len(clip), clip.rate, keys)).tolist())
-    for number, frame in enumerate(clip.glance(range(len(clip)))):
+    for number, frame in enumerate(clip.iter_small_frames(range(len(clip)))):
         small = motion.shrink_frame(frame)
         scenes.add(small)
         if number in needed:
@@ -222,7 +222,7 @@ def extract(path, stem, args):
     )
     fps = film.rate if args.fps == "native" else min(args.fps, film.rate)
     parts, made, short = scenes_of(path, film) if args.scenes else [(0, len(film.times))], 0, 0
-    clock = whole.clock()
+    clock = whole.frame_times()
     for k, (first, end) in enumerate(parts):
         length = int((clock[end - 1] - clock[first]) * fps + 1 + DURATION_TOLERANCE)
         if length < args.min_frames:
@@ -232,7 +232,7 @@ def extract(path, stem, args):
         write_frames(
             args.out / name,
             whole,
-            np.minimum(whole.numbers(first, length, fps), end - 1),
+            np.minimum(whole.frame_indices(first, length, fps), end - 1),
             fps,
             args,
         )
@@ -248,7 +248,7 @@ def write_frames(folder, clip, numbers, fps, args):
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for k, frame in enumerate(clip.frames(numbers)):
+    for k, frame in enumerate(clip.iter_frames(numbers)):
         frame = (
             images.resize(frame, args.width, args.height, args.resize_mode) if args.width else frame
         )

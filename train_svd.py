@@ -95,9 +95,9 @@ class DummyDataset:
                     else (self.clips[number], self.sample_frames)
                 )
                 start = np.random.default_rng((self.seed, index)).integers(
-                    clip.starts(length, clip.metadata["fps"])
+                    clip.num_starts(length, clip.metadata["fps"])
                 )
-                frames = clip.numbers(start, length, clip.metadata["fps"])
+                frames = clip.frame_indices(start, length, clip.metadata["fps"])
                 return {
                     **self.read_window(clip, frames, index),
                     "index": index,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import films
+import sample_videos
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,7 +30,7 @@ def call(*argv):
 
 def two_scenes(i, size):
     """The second begins at frame 25."""
-    return films.frame(i, size) if i < 25 else 255 - films.frame(i - 25, size)[::-1]
+    return sample_videos.make_frame(i, size) if i < 25 else 255 - sample_videos.make_frame(i - 25, size)[::-1]
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def mixed(tmp_path):
     """Files and folders, good and bad, one with a cut."""
     root = tmp_path / "mixed"
     root.mkdir()
-    bad = films.write_bad(root)
-    films.write(root / "good.mp4", frames=60, gop=60)
-    films.write(root / "cut.mp4", frames=50, draw=two_scenes)
-    films.pictures(root / "frames", 30)
+    bad = sample_videos.write_bad_files(root)
+    sample_videos.write_video(root / "good.mp4", frames=60, gop=60)
+    sample_videos.write_video(root / "cut.mp4", frames=50, draw=two_scenes)
+    sample_videos.write_frame_folder(root / "frames", 30)
     (root / "frames" / "clip.json").write_text('{"fps": 10, "caption": "a square"}')
     return root, bad
 
@@ -88,8 +88,8 @@ def test_what_check_finds_damaged_training_leaves_out(tmp_path, caplog):
     """Damage that a look at some places does not meet; decoded again it is not."""
     root = tmp_path / "root"
     for name in ("a", "b"):
-        films.pictures(root / name, 200)
-    films.write(root / "film.mp4", frames=400, gop=20)
+        sample_videos.write_frame_folder(root / name, 200)
+    sample_videos.write_video(root / "film.mp4", frames=400, gop=20)
     (root / "b" / "101.png").write_bytes(b"damaged")
     data = bytearray((root / "film.mp4").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 1500] = os.urandom(1500)
@@ -104,8 +104,8 @@ def test_what_check_finds_damaged_training_leaves_out(tmp_path, caplog):
 
 
 def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
-    films.write(tmp_path / "root" / "a.mp4", frames=300, gop=30)
-    films.pictures(tmp_path / "root" / "b", 60)
+    sample_videos.write_video(tmp_path / "root" / "a.mp4", frames=300, gop=30)
+    sample_videos.write_frame_folder(tmp_path / "root" / "b", 60)
     for path in (tmp_path / "root").iterdir():
         os.utime(path, (1e9, 1e9))
     ClipCollection(tmp_path / "root", ClipSpec(0, 0, 8, 7), motion_bucket_id="auto")
@@ -118,7 +118,7 @@ def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
 
 
 def test_check_of_a_folder_without_a_usable_clip_says_why(tmp_path, capsys):
-    films.write(tmp_path / "root" / "short.mp4", frames=5)
+    sample_videos.write_video(tmp_path / "root" / "short.mp4", frames=5)
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
     assert (
         "0 clips of at least 14" in (out := capsys.readouterr().out)
@@ -132,20 +132,20 @@ def test_check_of_a_folder_without_a_usable_clip_says_why(tmp_path, capsys):
 
 
 def test_frames_are_the_videos_and_say_their_rate(tmp_path):
-    films.write(tmp_path / "in" / "a.mkv", "ffv1", "bgr0", frames=30)
+    sample_videos.write_video(tmp_path / "in" / "a.mkv", "ffv1", "bgr0", frames=30)
     (tmp_path / "in" / "a.txt").write_text("a square")
     call("frames", tmp_path / "in", tmp_path / "out", "--format=png", "--fps=12.5")
     files = sorted((tmp_path / "out" / "a").glob("*.png"))
     assert len(files) == 15
     for k, file in enumerate(files):
-        assert np.array_equal(np.asarray(Image.open(file)), films.frame(2 * k))
+        assert np.array_equal(np.asarray(Image.open(file)), sample_videos.make_frame(2 * k))
     told = json.loads((tmp_path / "out" / "a" / "clip.json").read_text())
     assert told == {"caption": "a square", "fps": 12.5, "source": "a.mkv"}
     assert len(DummyDataset(tmp_path / "out", 64, 48, 8, "native", 127, "crop")) == 1
 
 
 def test_scenes_become_folders_and_no_frame_is_of_two(tmp_path):
-    films.write(tmp_path / "cut.mp4", frames=50, draw=two_scenes)
+    sample_videos.write_video(tmp_path / "cut.mp4", frames=50, draw=two_scenes)
     call("frames", tmp_path / "cut.mp4", tmp_path / "out", "--scenes", "--format=png")
     for k in (0, 1):
         files = sorted((tmp_path / "out" / f"cut_scene{k:03d}").glob("*.png"))
@@ -157,7 +157,7 @@ def test_scenes_become_folders_and_no_frame_is_of_two(tmp_path):
 
 def test_extraction_that_was_killed_goes_on_and_leaves_nothing_half(tmp_path, capsys):
     for name in "abc":
-        films.write(tmp_path / "in" / f"{name}.mp4", frames=20)
+        sample_videos.write_video(tmp_path / "in" / f"{name}.mp4", frames=20)
     write = prepare_data.write_frames
 
     def killed(folder, *how):
@@ -194,8 +194,8 @@ def test_extraction_that_was_killed_goes_on_and_leaves_nothing_half(tmp_path, ca
 
 def test_videos_that_cannot_be_read_are_named_and_the_others_extracted(tmp_path, capsys, caplog):
     (tmp_path / "in").mkdir()
-    films.write_bad(tmp_path / "in")
-    films.write(tmp_path / "in" / "good.mp4", frames=20)
+    sample_videos.write_bad_files(tmp_path / "in")
+    sample_videos.write_video(tmp_path / "in" / "good.mp4", frames=20)
     for path in (tmp_path / "in" / "24 up", tmp_path / "in" / "25 pipe.mp4"):
         path.unlink()
     call("frames", tmp_path / "in", tmp_path / "out")
@@ -239,8 +239,8 @@ def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, h
     root = tmp_path / "root"
     for film in range(6):
         for scene in range(2):
-            films.pictures(root / f"film{film}_scene{scene:03d}", 8)
-    films.write(root / "a.mp4", frames=10)
+            sample_videos.write_frame_folder(root / f"film{film}_scene{scene:03d}", 8)
+    sample_videos.write_video(root / "a.mp4", frames=10)
     (root / "a.txt").write_text("a caption")
     (root / "metadata.jsonl").write_text(
         '{"file_name": "a.mp4", "fps": 5}\n{"file_name": "film0_scene000", "fps": 5}'
@@ -289,8 +289,8 @@ def test_what_trained_is_never_held_out_when_clips_come():
 
 
 def test_one_film_cannot_be_split(tmp_path):
-    films.pictures(tmp_path / "root" / "a_scene000", 8)
-    films.pictures(tmp_path / "root" / "a_scene001", 8)
+    sample_videos.write_frame_folder(tmp_path / "root" / "a_scene000", 8)
+    sample_videos.write_frame_folder(tmp_path / "root" / "a_scene001", 8)
     with pytest.raises(SystemExit, match="takes two that are not of one film"):
         call("split", tmp_path / "root", tmp_path / "out")
     assert not shutil.os.path.exists(tmp_path / "out" / "train")

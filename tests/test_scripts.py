@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import films
+import sample_videos
 import pytest
 import torch
 
@@ -158,7 +158,7 @@ def latent_cache(tmp_path_factory, boxed_clips):
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
     """A folder with a video file."""
-    return films.write(tmp_path_factory.mktemp("films") / "film.mp4", frames=30).parent
+    return sample_videos.write_video(tmp_path_factory.mktemp("films") / "film.mp4", frames=30).parent
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=lambda c: re.sub(r"\W+", "_", c)[:50])

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import films
+import sample_videos
 import numpy as np
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_an_item_is_the_dummy_datasets_and_the_boxes_of_its_window(boxed_clips):
 
 def test_boxes_follow_a_video_file_and_the_rate_at_which_it_is_sampled(tmp_path):
     """A square that moves 2 pixels a frame, every second frame of it; the caption beside the file is no annotation."""
-    films.write(tmp_path / "a.mkv", "ffv1", "bgr0", frames=30)
+    sample_videos.write_video(tmp_path / "a.mkv", "ffv1", "bgr0", frames=30)
     boxes = {str(i): [2 * i, 20, 2 * i + 16, 36] for i in range(30)}
     told = {"size": [96, 64], "tracklets": [{"id": "square", "boxes": boxes}]}
     (tmp_path / "a.json").write_text(json.dumps(told))

@@ -1,6 +1,6 @@
 """A clip: frames by number, whether they are the pictures of a folder or in a video file, and when each is shown.
 
-    clip.numbers(start=3, length=14, fps=7)       # which frames a window of 14 at 7 a second shows
+    clip.frame_indices(start=3, length=14, fps=7)       # which frames a window of 14 at 7 a second shows
     clip.read(numbers, 512, 320)                  # (f, h, w, 3) uint8
 
 Next: svd_xtend/decode.py, video files; svd_xtend/video.py, pictures.
@@ -59,16 +59,16 @@ class Clip:
         """Its name, of a file without the suffix."""
         return self.path.name if self.files else self.path.stem
 
-    def clock(self):
+    def frame_times(self):
         """Seconds (n,) from the first frame to each, at `rate` on average."""
         if self.times is None or len(self.times) < 2:
             return np.arange(len(self)) / self.rate
         passed = self.times - self.times[0]
         return passed * ((len(self) - 1) / passed[-1] / self.rate)
 
-    def starts(self, length, fps):
+    def num_starts(self, length, fps):
         """How many frames a window of `length` frames, `fps` a second, can begin with; ValueError where it is too short."""
-        clock = self.clock()
+        clock = self.frame_times()
         count = int(
             np.searchsorted(
                 clock, clock[-1] - (length - 1) / fps + DURATION_TOLERANCE / self.rate, side="right"
@@ -80,12 +80,12 @@ class Clip:
             )
         return count
 
-    def numbers(self, start, length, fps):
+    def frame_indices(self, start, length, fps):
         """The frames (length,) nearest in time to those of a window of `fps` a second that begins with frame `start`."""
-        clock = self.clock()
+        clock = self.frame_times()
         return video_decode.nearest_frames(clock, clock[start] + np.arange(length) / fps)
 
-    def frames(self, numbers):
+    def iter_frames(self, numbers):
         """Yields these frames as they are, (h, w, 3) uint8, upright; of numbers that do not fall."""
         if self.files:
             return (images.load_frame(self.path / self.files[i]) for i in numbers)
@@ -99,18 +99,18 @@ class Clip:
                 for i in numbers
             )
         else:
-            found = images.retry_io(lambda _: list(self.frames(numbers)), self.path)
+            found = images.retry_io(lambda _: list(self.iter_frames(numbers)), self.path)
             frames = (images.resize(frame, width, height, resize_mode) for frame in found)
         return np.stack(list(frames))
 
-    def parts(self, width, height, resize_mode, length):
+    def chunk_readers(self, width, height, resize_mode, length):
         """All frames in order, `length` at a time: functions that read them; those of a video file, which is decoded once, must
         be called one after the other."""
         numbers = np.arange(len(self))
         parts = np.split(numbers, numbers[length::length])
         if self.files:
             return [partial(self.read, part, width, height, resize_mode) for part in parts]
-        frames = self.frames(numbers)
+        frames = self.iter_frames(numbers)
 
         def go_on(part):
             return np.stack([images.resize(next(frames), width, height, resize_mode) for _ in part])
@@ -123,7 +123,7 @@ class Clip:
             return self.source_size
         if self.files:
             return images.picture_size([self.path / name for name in self.files])
-        height, width = next(iter(self.frames([0]))).shape[:2]
+        height, width = next(iter(self.iter_frames([0]))).shape[:2]
         return width, height
 
     def digest(self):
@@ -136,17 +136,17 @@ class Clip:
         ]
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
-    def glance(self, numbers):
+    def iter_small_frames(self, numbers):
         """Yields these frames, of a folder in a size that is enough to see what moves; of JPEGs no more is decoded."""
         if not self.files:
-            return self.frames(numbers)
+            return self.iter_frames(numbers)
         size = self.picture_size()
         width, height = (max(round(side * 2 * motion.FLOW_SIDE / max(size)), 1) for side in size)
         return (images.load_frame(self.path / self.files[i], width, height) for i in numbers)
 
-    def motion(self, keys=()):
+    def measure_motion(self, keys=()):
         """{motions: its motion.score}. keys: frames that can be decoded alone."""
-        return {"motions": motion.clip_motion(self.glance, len(self), self.rate, keys)}
+        return {"motions": motion.clip_motion(self.iter_small_frames, len(self), self.rate, keys)}
 
 
 def load_picture(path, width=None, height=None, resize_mode="crop"):

@@ -274,7 +274,7 @@ class FolderIndex:
 
     def fill(self, sizes=False, motions=False, measure=None):
         """Look into all video files that were not looked into yet; with `sizes`, and `motions`, also for those of folders. What
-        was found is kept every minute, for a run that is killed. measure: of all clips, once, in place of Clip.motion, which is
+        was found is kept every minute, for a run that is killed. measure: of all clips, once, in place of Clip.measure_motion, which is
         so called, too; it may answer {cuts} beside columns."""
         import cv2
 
@@ -292,7 +292,7 @@ class FolderIndex:
         notes, saved = self.notes(), time.monotonic()
         cv2.setNumThreads(1)  # clips are looked at side by side
         look = partial(
-            self.look, measure=measure or Clip.motion, whole=measure is not None, motions=motions
+            self.look, measure=measure or Clip.measure_motion, whole=measure is not None, motions=motions
         )
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -317,7 +317,7 @@ class FolderIndex:
             if self.arrays["kinds"][i] == VIDEO_FILE:
                 row["looked"] = True
                 film = video_decode.probe_video(path)
-                keys, note["start"], note["rate"] = film.keys, float(film.times[0]), film.rate
+                keys, note["start"], note["rate"] = film.keyframes, float(film.times[0]), film.rate
                 if not film.is_regular():
                     note["times"] = film.times.tolist()
                 row.update(counts=len(film.times), widths=film.width, heights=film.height)

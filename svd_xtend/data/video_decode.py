@@ -38,12 +38,12 @@ UNASKED = {"vp8", "vp9", "libvpx", "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
-class Film:
+class VideoInfo:
     """What a video file holds: `times` (n,) seconds of its frames in the order in which they are shown, `keys` the numbers of
     those that can be decoded alone, `width` and `height` upright and of square pixels, `rate` frames a second on average."""
 
     times: np.ndarray
-    keys: np.ndarray
+    keyframes: np.ndarray
     width: int
     height: int
     rate: float
@@ -98,7 +98,7 @@ def readable(path, what):
 
 
 def probe_video(path):
-    """The Film of a file, from the headers of its packets; its first frame alone is decoded. Raises ValueError that starts
+    """The VideoInfo of a file, from the headers of its packets; its first frame alone is decoded. Raises ValueError that starts
     with the path."""
     container, stream = retry_io(open_video, path)
     with container:
@@ -133,7 +133,7 @@ def probe_video(path):
     height, width = (next(iter(read_frames(path, times, [0]))) if first is None else first).shape[
         :2
     ]
-    return Film(times, np.searchsorted(times, keys), width, height, rate)
+    return VideoInfo(times, np.searchsorted(times, keys), width, height, rate)
 
 
 def first_frame(container, stream):

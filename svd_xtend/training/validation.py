@@ -66,7 +66,7 @@ def ground_truth_motion(clip, start, args, fps):
     """motion.score of a clip from a frame on, as a validation renders it; None where it cannot be read."""
     try:
         frames = clip.read(
-            clip.numbers(start, args.num_frames, fps), args.width, args.height, args.resize_mode
+            clip.frame_indices(start, args.num_frames, fps), args.width, args.height, args.resize_mode
         )
         return motion.motion_score(frames, 1 / fps)
     except ValueError as error:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import films
+import sample_videos
 import numpy as np
 import pytest
 import torch
@@ -75,8 +75,8 @@ def test_the_loss_from_the_cache_is_the_loss_from_pixels(pipe, frames, cached):
 
 @pytest.mark.parametrize("how", [{}, {"buckets": 8}])
 def test_of_video_files_too_sampled_by_time_and_in_every_size(pipe, tmp_path, how):
-    films.write(tmp_path / "files" / "a.mkv", "ffv1", "bgr0", frames=30, size=(96, 64))
-    films.write(tmp_path / "files" / "b.mp4", frames=30, size=(64, 96), gop=12)
+    sample_videos.write_video(tmp_path / "files" / "a.mkv", "ffv1", "bgr0", frames=30, size=(96, 64))
+    sample_videos.write_video(tmp_path / "files" / "b.mp4", frames=30, size=(64, 96), gop=12)
     folder = make(
         tmp_path / "cache", tmp_path / "files", *["--buckets"] * len(how), "--vae_encode_chunk=7"
     )

@@ -7,7 +7,7 @@ import shutil
 from fractions import Fraction
 from pathlib import Path
 
-import films
+import sample_videos
 import numpy as np
 import pytest
 import torch
@@ -29,17 +29,17 @@ def dataset(folder, *rest, f=8, fps=25, motion_bucket_id=127, **own):
 def codecs(tmp_path_factory):
     """A folder with a video of 40 frames of each codec."""
     root = tmp_path_factory.mktemp("codecs")
-    for name, (codec, pix_fmt, options) in films.CODECS.items():
-        films.write(root / name, codec, pix_fmt, options, rate=10 if name.endswith("gif") else 25)
+    for name, (codec, pix_fmt, options) in sample_videos.CODECS.items():
+        sample_videos.write_video(root / name, codec, pix_fmt, options, rate=10 if name.endswith("gif") else 25)
     return root
 
 
 # --------------------------------------------------------------------------------------------------------------- decode
 
 
-@pytest.mark.parametrize("name", films.CODECS)
+@pytest.mark.parametrize("name", sample_videos.CODECS)
 def test_frames_by_number_are_those_of_a_full_decode(codecs, name):
-    film, (whole, _) = video_decode.probe_video(codecs / name), films.decode_all(codecs / name)
+    film, (whole, _) = video_decode.probe_video(codecs / name), sample_videos.decode_all(codecs / name)
     assert len(film.times) == 40 and (film.width, film.height) == (96, 64)
     for seed in range(12):
         numbers = np.sort(np.random.default_rng(seed).integers(0, 40, 5))
@@ -48,11 +48,11 @@ def test_frames_by_number_are_those_of_a_full_decode(codecs, name):
 
 
 def test_only_the_window_and_its_way_from_the_keyframe_is_decoded(tmp_path, monkeypatch):
-    path = films.write(
+    path = sample_videos.write_video(
         tmp_path / "a.mp4", frames=200, gop=20, options={"bf": "0", "sc_threshold": "0"}
     )
     film, seen, nearest = video_decode.probe_video(path), [], video_decode.nearest_frames
-    assert film.keys.tolist() == list(range(0, 200, 20))
+    assert film.keyframes.tolist() == list(range(0, 200, 20))
     monkeypatch.setattr(
         video_decode, "nearest_frames", lambda *how: seen.append(nearest(*how)) or seen[-1]
     )
@@ -65,8 +65,8 @@ def test_frames_that_lead_a_keyframe_are_decoded_from_the_one_before_not_from_th
 ):
     """H.265's encoders let frames before a keyframe refer to it and to what is before: a seek to it does not give them."""
     quiet = {"x265-params": "log-level=none:scenecut=0", "preset": "ultrafast"}
-    path = films.write(tmp_path / "a.mp4", "libx265", frames=200, gop=20, options=quiet)
-    film, (whole, _) = video_decode.probe_video(path), films.decode_all(path)
+    path = sample_videos.write_video(tmp_path / "a.mp4", "libx265", frames=200, gop=20, options=quiet)
+    film, (whole, _) = video_decode.probe_video(path), sample_videos.decode_all(path)
     seen, nearest, led = [], video_decode.nearest_frames, 0
     monkeypatch.setattr(
         video_decode, "nearest_frames", lambda *how: seen.append(nearest(*how)) or seen[-1]
@@ -84,11 +84,11 @@ def test_a_variable_frame_rate_is_sampled_by_time(tmp_path):
     """Whatever the gaps, a window shows what is on screen at its own even times."""
     times = np.cumsum(np.random.default_rng(3).integers(10, 120, 60))
     for name in ("vfr.mkv", "vfr.mp4"):
-        path = films.write(tmp_path / name, frames=60, times=times)
-        film, (whole, shown) = video_decode.probe_video(path), films.decode_all(path)
+        path = sample_videos.write_video(tmp_path / name, frames=60, times=times)
+        film, (whole, shown) = video_decode.probe_video(path), sample_videos.decode_all(path)
         assert not film.is_regular() and np.allclose(film.times, shown)
         clip = Clip(path, [], film.rate, film.times)
-        numbers = clip.numbers(7, 12, 5)
+        numbers = clip.frame_indices(7, 12, 5)
         wanted = shown[7] + np.arange(12) / 5
         assert numbers.tolist() == [int(np.abs(np.array(shown) - t).argmin()) for t in wanted]
         assert all(
@@ -101,30 +101,30 @@ def test_a_variable_frame_rate_is_sampled_by_time(tmp_path):
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 def test_at_its_own_rate_every_frame_follows_the_one_before(tmp_path, rate, container):
     """Though Matroska rounds times to milliseconds."""
-    film = video_decode.probe_video(films.write(tmp_path / f"a.{container}", rate=rate))
+    film = video_decode.probe_video(sample_videos.write_video(tmp_path / f"a.{container}", rate=rate))
     clip = Clip(tmp_path / f"a.{container}", [], film.rate, film.times)
     assert film.is_regular() and film.rate == pytest.approx(float(rate), rel=1e-3)
     assert all(
-        clip.numbers(start, 20, film.rate).tolist() == list(range(start, start + 20))
+        clip.frame_indices(start, 20, film.rate).tolist() == list(range(start, start + 20))
         for start in range(21)
     )
-    assert clip.starts(20, film.rate) == 21 and clip.starts(40, film.rate) == 1
+    assert clip.num_starts(20, film.rate) == 21 and clip.num_starts(40, film.rate) == 1
 
 
 def test_half_the_rate_is_every_second_frame_and_windows_end_in_time():
     clip = Clip(Path("a"), ["x"] * 40, 24.0)
-    assert clip.numbers(1, 5, 12).tolist() == [1, 3, 5, 7, 9]
-    assert clip.numbers(0, 5, 7).tolist() == [0, 3, 7, 10, 14]  # 24 / 7 = 3.43 frames apart
-    assert clip.starts(5, 12) == 32 and clip.numbers(31, 5, 12)[-1] == 39
+    assert clip.frame_indices(1, 5, 12).tolist() == [1, 3, 5, 7, 9]
+    assert clip.frame_indices(0, 5, 7).tolist() == [0, 3, 7, 10, 14]  # 24 / 7 = 3.43 frames apart
+    assert clip.num_starts(5, 12) == 32 and clip.frame_indices(31, 5, 12)[-1] == 39
     with pytest.raises(ValueError, match="^a: 1.62 s are too short for 14 frames at 7 a second"):
-        clip.starts(14, 7)
+        clip.num_starts(14, 7)
 
 
 @pytest.mark.parametrize("degrees, turn", [(90, 1), (-90, -1), (180, 2)])
 def test_a_rotated_video_is_upright(tmp_path, degrees, turn):
     """FFmpeg's display matrix turns counterclockwise; its own player turns -90 clockwise."""
-    path = films.write(tmp_path / "a.mp4", rotation=degrees)
-    film, (whole, _) = video_decode.probe_video(path), films.decode_all(path)
+    path = sample_videos.write_video(tmp_path / "a.mp4", rotation=degrees)
+    film, (whole, _) = video_decode.probe_video(path), sample_videos.decode_all(path)
     assert (film.width, film.height) == ((64, 96) if turn in (1, -1) else (96, 64))
     assert np.array_equal(
         next(video_decode.read_frames(path, film.times, [5])), np.rot90(whole[5], turn)
@@ -132,7 +132,7 @@ def test_a_rotated_video_is_upright(tmp_path, degrees, turn):
 
 
 def test_pixels_that_are_not_square_are_made_so(tmp_path):
-    path = films.write(tmp_path / "a.mkv", "mpeg4", aspect=Fraction(4, 3))
+    path = sample_videos.write_video(tmp_path / "a.mkv", "mpeg4", aspect=Fraction(4, 3))
     assert (video_decode.probe_video(path).width, video_decode.probe_video(path).height) == (
         128,
         64,
@@ -140,16 +140,16 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path):
 
 
 def test_odd_sizes_and_sound_make_no_difference(tmp_path):
-    odd = films.write(tmp_path / "odd.mkv", "ffv1", "bgr0", size=(33, 17), frames=9)
+    odd = sample_videos.write_video(tmp_path / "odd.mkv", "ffv1", "bgr0", size=(33, 17), frames=9)
     film = video_decode.probe_video(odd)
     got = list(video_decode.read_frames(odd, film.times, range(9)))
-    assert all(np.array_equal(picture, films.frame(i, (33, 17))) for i, picture in enumerate(got))
-    loud = films.write(tmp_path / "loud.mp4", sound=True, frames=30)
+    assert all(np.array_equal(picture, sample_videos.make_frame(i, (33, 17))) for i, picture in enumerate(got))
+    loud = sample_videos.write_video(tmp_path / "loud.mp4", sound=True, frames=30)
     assert len(video_decode.probe_video(loud).times) == 30
 
 
 def test_noise_within_a_file_is_an_error_where_it_is_met_and_nowhere_else(tmp_path):
-    path = films.write(tmp_path / "a.mp4", frames=400, gop=20)
+    path = sample_videos.write_video(tmp_path / "a.mp4", frames=400, gop=20)
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 300] = np.random.default_rng(0).bytes(300)
     path.write_bytes(data)
@@ -165,30 +165,30 @@ def test_noise_within_a_file_is_an_error_where_it_is_met_and_nowhere_else(tmp_pa
 def test_files_and_folders_are_mixed_and_say_their_own_rate(codecs, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(codecs, root)
-    films.pictures(root / "frames", 20)
+    sample_videos.write_frame_folder(root / "frames", 20)
     (root / "frames" / "clip.json").write_text('{"fps": 12}')
     data = dataset(root, fps="native")
     rates = {clip.path.name: round(clip.metadata["fps"], 2) for clip in data.clips}
-    assert rates == {**dict.fromkeys(films.CODECS, 25), "anim.gif": 10, "frames": 12}
+    assert rates == {**dict.fromkeys(sample_videos.CODECS, 25), "anim.gif": 10, "frames": 12}
     assert {round(float(data[i]["fps"]), 2) for i in range(12)} == {25, 10, 12}
     sampled = {
         clip.path.name: round(clip.metadata["fps"], 2) for clip in dataset(root, fps=11, f=4).clips
     }
-    assert sampled == {**dict.fromkeys(films.CODECS, 11), "anim.gif": 10, "frames": 11}
+    assert sampled == {**dict.fromkeys(sample_videos.CODECS, 11), "anim.gif": 10, "frames": 11}
 
 
 def test_folders_that_do_not_tell_their_rate_are_told_by_flag(tmp_path):
-    films.pictures(tmp_path / "frames", 20)
+    sample_videos.write_frame_folder(tmp_path / "frames", 20)
     assert dataset(tmp_path, fps=7).clips[0].metadata["fps"] == 7
     clip = dataset(tmp_path, fps=10, source_fps=20).clips[0]
-    assert clip.metadata["fps"] == 10 and clip.numbers(0, 8, 10).tolist() == list(range(0, 16, 2))
+    assert clip.metadata["fps"] == 10 and clip.frame_indices(0, 8, 10).tolist() == list(range(0, 16, 2))
     assert dataset(tmp_path, fps="native", source_fps=24).clips[0].metadata["fps"] == 24
 
 
 def test_a_video_file_trains_as_its_frames_do(tmp_path):
     """Lossless, so that both are the same pictures."""
-    films.write(tmp_path / "file" / "a.mkv", "ffv1", "bgr0", frames=30)
-    films.pictures(tmp_path / "folder" / "a", 30, (96, 64))
+    sample_videos.write_video(tmp_path / "file" / "a.mkv", "ffv1", "bgr0", frames=30)
+    sample_videos.write_frame_folder(tmp_path / "folder" / "a", 30, (96, 64))
     one, other = (
         dataset(tmp_path / "file", fps=12.5),
         dataset(tmp_path / "folder", fps=12.5, source_fps=25),
@@ -229,13 +229,13 @@ def test_a_run_that_was_killed_while_looking_goes_on(codecs, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         dataset(root, f=4)
     seen[:] = [None] * 9
-    assert len(dataset(root, f=4)) == len(films.CODECS)
-    assert len(seen) - 9 < len(films.CODECS)
+    assert len(dataset(root, f=4)) == len(sample_videos.CODECS)
+    assert len(seen) - 9 < len(sample_videos.CODECS)
 
 
 def test_thirty_kinds_of_bad_file_beside_one_good_clip(tmp_path, caplog):
-    bad = films.write_bad(tmp_path)
-    films.write(tmp_path / "a good clip ü.mp4")
+    bad = sample_videos.write_bad_files(tmp_path)
+    sample_videos.write_video(tmp_path / "a good clip ü.mp4")
     with caplog.at_level(logging.WARNING):
         data = DummyDataset(tmp_path, 64, 48, 8, 7, "auto", "crop", 1)
     assert len(bad) == 30 and [clip.path.name for clip in data.clips] == ["a good clip ü.mp4"]
@@ -248,9 +248,9 @@ def test_thirty_kinds_of_bad_file_beside_one_good_clip(tmp_path, caplog):
 
 def test_what_may_not_be_read_is_named_and_left_out(tmp_path, monkeypatch, caplog):
     """Root may read everything, so that the system's answer is made up."""
-    films.write(tmp_path / "good.mp4")
-    films.write(tmp_path / "secret.mp4")
-    films.pictures(tmp_path / "secret folder")
+    sample_videos.write_video(tmp_path / "good.mp4")
+    sample_videos.write_video(tmp_path / "secret.mp4")
+    sample_videos.write_frame_folder(tmp_path / "secret folder")
     listdir, opened = os.listdir, video_decode.open_video
 
     def refuse(path):
@@ -269,7 +269,7 @@ def test_what_may_not_be_read_is_named_and_left_out(tmp_path, monkeypatch, caplo
 
 def test_a_file_that_breaks_in_mid_run_is_named_and_another_stands_in(tmp_path, caplog):
     for name in ("a.mp4", "b.mp4"):
-        films.write(tmp_path / name)
+        sample_videos.write_video(tmp_path / name)
     data = dataset(tmp_path)
     (tmp_path / "a.mp4").write_bytes(b"")
     items = [data[i] for i in range(4)]
@@ -281,9 +281,9 @@ def test_a_file_that_breaks_in_mid_run_is_named_and_another_stands_in(tmp_path, 
 
 def test_captions_are_handed_on(tmp_path):
     for name in ("a.mp4", "b.mp4", "c.mp4"):
-        films.write(tmp_path / name)
-    films.pictures(tmp_path / "d", 30)
-    films.pictures(tmp_path / "e", 30)
+        sample_videos.write_video(tmp_path / name)
+    sample_videos.write_frame_folder(tmp_path / "d", 30)
+    sample_videos.write_frame_folder(tmp_path / "e", 30)
     (tmp_path / "a.txt").write_text("a dog\n")
     (tmp_path / "d" / "clip.json").write_text('{"caption": "a horse", "fps": 25}')
     rows = [
@@ -344,9 +344,9 @@ def test_bucket_sizes_have_about_as_many_pixels_and_reach_every_aspect():
 def shaped(tmp_path):
     """Wide, tall and square clips."""
     for i in range(3):
-        films.write(tmp_path / f"wide{i}.mp4", size=(128, 64), frames=16)
-        films.write(tmp_path / f"tall{i}.mp4", size=(64, 128), frames=16)
-    films.write(tmp_path / "square.mp4", size=(96, 96), frames=16)
+        sample_videos.write_video(tmp_path / f"wide{i}.mp4", size=(128, 64), frames=16)
+        sample_videos.write_video(tmp_path / f"tall{i}.mp4", size=(64, 128), frames=16)
+    sample_videos.write_video(tmp_path / "square.mp4", size=(96, 96), frames=16)
     return tmp_path
 
 
@@ -377,7 +377,7 @@ def test_two_processes_see_the_buckets_that_one_would(shaped):
 
 def test_a_run_over_buckets_and_pictures_trains(shaped, run):
     for i in range(4):
-        Image.fromarray(films.frame(i, (90, 60))).save(shaped / f"photo{i}.png")
+        Image.fromarray(sample_videos.make_frame(i, (90, 60))).save(shaped / f"photo{i}.png")
     shapes = []
 
     def loss(model, pipe, batch, args):
@@ -396,9 +396,9 @@ def test_a_run_over_buckets_and_pictures_trains(shaped, run):
 
 
 def test_pictures_have_their_share_and_are_still(tmp_path):
-    films.write(tmp_path / "a.mp4")
+    sample_videos.write_video(tmp_path / "a.mp4")
     for i in range(3):
-        Image.fromarray(films.frame(i)).save(tmp_path / f"photo{i}.jpg")
+        Image.fromarray(sample_videos.make_frame(i)).save(tmp_path / f"photo{i}.jpg")
     data = dataset(tmp_path, image_ratio=0.25)
     items = [data[i] for i in range(sampler.MIN_CYCLE // 5)]
     stills = [item for item in items if len(item["pixel_values"]) == 1]
@@ -460,12 +460,12 @@ def test_motion_is_per_second_and_per_picture_whatever_the_rate_and_size(tmp_pat
         return np.repeat(scene[..., None], 3, 2).astype(np.uint8)
 
     paths = [
-        films.write(tmp_path / "a.mkv", "ffv1", "bgr0", draw=pan, size=(192, 96), frames=60),
-        films.write(tmp_path / "large.mkv", "ffv1", "bgr0", draw=pan, size=(384, 192), frames=60),
-        films.write(tmp_path / "half.mkv", "ffv1", "bgr0", draw=lambda i, s: pan(2 * i, s), size=(192, 96), frames=30, rate=Fraction(25, 2)),
+        sample_videos.write_video(tmp_path / "a.mkv", "ffv1", "bgr0", draw=pan, size=(192, 96), frames=60),
+        sample_videos.write_video(tmp_path / "large.mkv", "ffv1", "bgr0", draw=pan, size=(384, 192), frames=60),
+        sample_videos.write_video(tmp_path / "half.mkv", "ffv1", "bgr0", draw=lambda i, s: pan(2 * i, s), size=(192, 96), frames=30, rate=Fraction(25, 2)),
     ]  # fmt: skip
     scores = [
-        Clip(p, [], film.rate, film.times).motion(film.keys)["motions"]
+        Clip(p, [], film.rate, film.times).measure_motion(film.keyframes)["motions"]
         for p in paths
         for film in [video_decode.probe_video(p)]
     ]
@@ -473,7 +473,7 @@ def test_motion_is_per_second_and_per_picture_whatever_the_rate_and_size(tmp_pat
 
 
 def test_what_stands_still_scores_nothing_and_buckets_go_by_rank():
-    still = np.repeat(films.frame(0)[None], 4, 0)
+    still = np.repeat(sample_videos.make_frame(0)[None], 4, 0)
     assert motion.motion_score(still, 0.1) < 1e-3
     assert motion.motion_buckets([0.5, 0.1, 0.9]).tolist() == [128, 1 + 254 / 6, 255 - 254 / 6]
     assert motion.motion_buckets([3, 3, 3, 3]).tolist() == [128] * 4
@@ -483,7 +483,7 @@ def test_what_stands_still_scores_nothing_and_buckets_go_by_rank():
 
 def test_clips_have_the_bucket_of_their_rank_but_what_they_tell_wins(tmp_path):
     for i, step in enumerate((0, 1, 2, 4)):
-        films.write(tmp_path / f"{i}.mkv", "ffv1", "bgr0", draw=lambda f, s, step=step: films.frame(0, s) if step == 0 else np.roll(films.frame(0, s), step * f, 1))  # fmt: skip
+        sample_videos.write_video(tmp_path / f"{i}.mkv", "ffv1", "bgr0", draw=lambda f, s, step=step: sample_videos.make_frame(0, s) if step == 0 else np.roll(sample_videos.make_frame(0, s), step * f, 1))  # fmt: skip
     clips = dataset(tmp_path, motion_bucket_id="auto").clips
     assert [clip.metadata["motion_bucket_id"] for clip in clips] == pytest.approx(
         [1 + 254 * r for r in (0.125, 0.375, 0.625, 0.875)]
@@ -529,7 +529,7 @@ def test_validation_measures_motion_and_warns_where_it_collapses(
 
 
 def test_a_video_file_can_be_the_validation_image(run, tmp_path):
-    films.write(tmp_path / "clips" / "a.mp4", frames=60)
+    sample_videos.write_video(tmp_path / "clips" / "a.mp4", frames=60)
     flags = [
         f"--base_folder={tmp_path / 'clips'}",
         "--validation_steps=2",

@@ -8,7 +8,7 @@ from argparse import Namespace
 from functools import partial
 from itertools import product
 
-import films
+import sample_videos
 import numpy as np
 import pytest
 import torch
@@ -297,9 +297,9 @@ def filmed(tmp_path):
     """A folder of 15 clips of 5 films: of four by their names, of one by what prepare_data.py wrote beside the frames."""
     root = tmp_path / "filmed"
     for film, scene in product(range(4), range(3)):
-        films.pictures(root / f"film{film}_scene{scene:03d}", 4)
+        sample_videos.write_frame_folder(root / f"film{film}_scene{scene:03d}", 4)
     for part in ("opening", "middle", "ending"):
-        (films.pictures(root / part, 4) / "clip.json").write_text(
+        (sample_videos.write_frame_folder(root / part, 4) / "clip.json").write_text(
             '{"fps": 7, "source": "long.mp4"}'
         )
     return root
@@ -338,7 +338,7 @@ def test_a_film_told_by_its_clips_is_held_out_whole(filmed):
 
 def test_a_folder_of_one_film_is_refused(tmp_path):
     for scene in range(2):
-        films.pictures(tmp_path / "root" / f"film_scene{scene:03d}", 4)
+        sample_videos.write_frame_folder(tmp_path / "root" / f"film_scene{scene:03d}", 4)
     with pytest.raises(ValueError, match="^--validation_ratio: .*root holds 1 video"):
         load(f"--base_folder={tmp_path / 'root'}", "--validation_ratio=0.5")
 
@@ -362,9 +362,9 @@ def test_a_film_in_two_base_folders_is_on_one_side(tmp_path):
     """Of which one has other films, too."""
     a, b = tmp_path / "a", tmp_path / "b"
     for i in range(6):
-        films.pictures(a / f"film{i}_scene000", 4)
-        films.pictures(b / f"film{i}_scene001", 4)
-        films.pictures(b / f"other{i}_scene000", 4)
+        sample_videos.write_frame_folder(a / f"film{i}_scene000", 4)
+        sample_videos.write_frame_folder(b / f"film{i}_scene001", 4)
+        sample_videos.write_frame_folder(b / f"other{i}_scene000", 4)
     for ratio in (0.2, 0.4, 0.6):
         _, data, held = load("--base_folder", a, b, f"--validation_ratio={ratio}")
         assert not set(map(film_of, names(data))) & set(map(film_of, names(held)))
@@ -412,7 +412,7 @@ def test_a_clip_json_without_a_source_splits_by_name(filmed, told):
 def test_a_dot_in_a_folders_name_is_no_suffix(tmp_path):
     """Clips named by date are not all of one film."""
     for day in range(1, 6):
-        films.pictures(tmp_path / "root" / f"2024.05.0{day}", 4)
+        sample_videos.write_frame_folder(tmp_path / "root" / f"2024.05.0{day}", 4)
     assert split.clips_by_source_video(folder_index.FolderIndex(tmp_path / "root")).keys() == {
         f"2024.05.0{day}" for day in range(1, 6)
     }
@@ -431,7 +431,7 @@ def test_held_out_clips_have_the_motion_bucket_that_they_would_have_in_training(
     shutil.copytree(root / "fall0000", apart / "still")
     for frame in (apart / "still").glob("*.png"):
         shutil.copy(root / "fall0000" / "000.png", frame)
-    (films.pictures(apart / "told", 8) / "clip.json").write_text(
+    (sample_videos.write_frame_folder(apart / "told", 8) / "clip.json").write_text(
         '{"fps": 7, "motion_bucket_id": 33}'
     )
     _, data, held = load(f"--base_folder={root}", f"--validation_folder={apart}")
