@@ -72,7 +72,7 @@ def floor(path, film, numbers, back=0):
         packets, began, done = container.demux(stream), time.perf_counter(), 0
         for packet in packets:
             for frame in packet.decode():
-                number = video_decode.nearest_frames(film.times, float(frame.pts * frame.time_base))
+                number = video_decode.nearest_frame(film.times, float(frame.pts * frame.time_base))
                 if number in numbers:
                     frame.to_ndarray(format="rgb24")
                     done += 1

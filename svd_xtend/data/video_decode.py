@@ -1,46 +1,75 @@
-"""Video files: what one holds, and frames of it by number, decoded from the last keyframe before them.
+"""Read video files: the times and size of their frames, and any frames by index.
 
-    film = probe("clip.mp4")                       # times of all frames, size; hardly decodes
-    pixels = list(read("clip.mp4", film.times, [3, 7, 11]))      # (h, w, 3) uint8 each, upright
+    video = probe_video("clip.mp4")     # times of all frames, size; decodes only the first frame
+    frames = list(read_frames("clip.mp4", video.times, [3, 7, 11]))     # (h, w, 3) uint8, upright
 
-What FFmpeg reads is read (by PyAV). Frames are known by their timestamps, so that a variable frame rate, and frames that an edit
-list hides, are no special cases. Sound is ignored.
+Every format that FFmpeg reads (through PyAV) is supported. A frame is identified by its timestamp,
+so variable frame rates and frames that an edit list hides need no special treatment. Sound is
+ignored.
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from svd_xtend.data.images import is_transient, retry_io
 
-SUFFIXES = {
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".asf", ".flv",
-    ".f4v", ".ogv", ".ogg", ".3gp", ".3g2", ".mxf", ".vob", ".divx", ".dv", ".y4m", ".nut", ".rm", ".rmvb", ".mjpg", ".mjpeg",
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+VIDEO_SUFFIXES = {
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts",
+    ".mts", ".wmv", ".asf", ".flv", ".f4v", ".ogv", ".ogg", ".3gp", ".3g2", ".mxf", ".vob",
+    ".divx", ".dv", ".y4m", ".nut", ".rm", ".rmvb", ".mjpg", ".mjpeg",
 }  # fmt: skip
-MOST_PIXELS = (
-    8192 * 8192
-)  # of a frame; a header that says more is damaged, or needs another machine
-THREADED = 640 * 360  # pixels of a frame, below which to start threads takes longer than they save
-UNTOLD = 2  # FFmpeg's number of a colour space that a file does not tell
-MAX_REORDERED_FRAMES = 16  # frames that may be shown before one that is stored before them, by H.264's and H.265's limits
-BT709, HIGH_DEFINITION = (
-    1,
-    720,
-)  # what such a file then has, from this height on, by every player's convention
-# To open a file FFmpeg decodes a frame for what a header may not tell. Nothing here asks for that: most decoders, told to skip it,
-# do; these do not, and are kept from it. All of their containers tell the size.
-UNASKED = {"vp8", "vp9", "libvpx", "libvpx-vp9"}
+
+# A header that states a larger frame is damaged, or the video needs a larger machine.
+MAX_FRAME_PIXELS = 8192 * 8192
+
+# Below this size, starting decoder threads takes longer than they save.
+MIN_PIXELS_FOR_THREADS = 640 * 360
+
+# H.264 and H.265 allow at most this many frames to be shown before a frame that is stored before
+# them.
+MAX_REORDERED_FRAMES = 16
+
+# When FFmpeg opens a file it decodes a frame, to learn what the header may leave out. Nothing here
+# needs that. Most decoders skip it when asked (`skip_frame`). These do not, so they are disabled
+# while a file is opened; their containers always state the frame size.
+CODECS_DISABLED_WHILE_OPENING = {"vp8", "vp9", "libvpx", "libvpx-vp9"}
+MAX_STREAMS = 64  # streams of a file to which the options for opening apply
+
+DEFAULT_FRAME_RATE = 25  # frames per second, where neither the file nor FFmpeg states one
+MAX_TIME_ERROR = 0.25  # of a frame, that containers may round the times of a constant frame rate
+
+# FFmpeg's numbers of colour spaces. Players assume BT.709 for a high-definition video that states
+# none.
+COLORSPACE_UNSPECIFIED = 2
+COLORSPACE_BT709 = 1
+HIGH_DEFINITION_HEIGHT = 720
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds: `times` (n,) seconds of its frames in the order in which they are shown, `keys` the numbers of
-    those that can be decoded alone, `width` and `height` upright and of square pixels, `rate` frames a second on average."""
+    """Describe the frames of a video file.
+
+    times: (n,) seconds of its frames, in the order in which they are shown. keyframes: indices of
+    the frames that can be decoded alone. width, height: pixels, after rotation and with square
+    pixels. rate: average frames per second.
+    """
 
     times: np.ndarray
     keyframes: np.ndarray
@@ -48,34 +77,39 @@ class VideoInfo:
     height: int
     rate: float
 
-    def is_regular(self):
-        """Whether the frames are equally far apart, up to what a container rounds."""
-        grid = self.times[0] + np.arange(len(self.times)) / self.rate
-        return bool(np.abs(self.times - grid).max() < 0.25 / self.rate)
+    def is_regular(self) -> bool:
+        """Return True if the frame rate is constant, up to the rounding of containers."""
+        regular_times = self.times[0] + np.arange(len(self.times)) / self.rate
+        return bool(np.abs(self.times - regular_times).max() < MAX_TIME_ERROR / self.rate)
 
 
-def open_video(path):
-    """(container, its first video stream). Raises ValueError that starts with the path."""
+def open_video(path: str | os.PathLike) -> tuple[InputContainer, VideoStream]:
+    """Open a video file; return the container and its first video stream.
+
+    Raises ValueError, starting with the path, if the file is no video that can be decoded.
+    """
     import av
 
-    with readable(path, "cannot be opened as a video"):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
-            raise ValueError(f"{path}: is no file")
-        asked = ",".join(sorted(av.codecs_available - UNASKED))
-        probing = 64 * [
-            {"skip_frame": "all", "codec_whitelist": asked}
-        ]  # of up to 64 streams; it ends with the opening
-        container = av.open(os.path.abspath(path), stream_options=probing)
+    with errors_name_path(path, "cannot be opened as a video"):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block forever
+            raise ValueError(f"{path}: is not a regular file")
+        allowed_codecs = av.codecs_available - CODECS_DISABLED_WHILE_OPENING
+        options = {"skip_frame": "all", "codec_whitelist": ",".join(sorted(allowed_codecs))}
+        # These options apply only while the file is opened, not to later decoding.
+        container = av.open(
+            os.path.abspath(path),
+            stream_options=[options] * MAX_STREAMS,  # type: ignore[list-item]
+        )
     try:
         if not container.streams.video:
             raise ValueError(f"{path}: has no video stream")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise ValueError(f"{path}: FFmpeg knows no decoder for it")
+            raise ValueError(f"{path}: FFmpeg has no decoder for its codec")
         width, height = stream.codec_context.width, stream.codec_context.height
-        if not 0 < width * height <= MOST_PIXELS:
-            raise ValueError(f"{path}: says that its frames are {width}x{height}")
-        if width * height < THREADED:
+        if not 0 < width * height <= MAX_FRAME_PIXELS:
+            raise ValueError(f"{path}: its header states a frame size of {width}x{height}")
+        if width * height < MIN_PIXELS_FOR_THREADS:
             stream.codec_context.thread_count = 1
         return container, stream
     except ValueError:
@@ -84,9 +118,12 @@ def open_video(path):
 
 
 @contextlib.contextmanager
-def readable(path, what):
-    """Errors of FFmpeg and the system become a ValueError that starts with the path; but those of a network file system, which
-    pass, stay as they are. EIO does not: it is what FFmpeg says of most that is damaged."""
+def errors_name_path(path: str | os.PathLike, problem: str) -> Iterator[None]:
+    """Convert errors of FFmpeg and the system into a ValueError that starts with the path.
+
+    Transient errors of a network file system pass through unchanged, so that the caller can retry.
+    EIO is not treated as one, because FFmpeg reports it for most damaged files.
+    """
     import av
 
     try:
@@ -94,139 +131,189 @@ def readable(path, what):
     except (av.error.FFmpegError, OSError) as error:
         if is_transient(error) and error.errno != errno.EIO:
             raise
-        raise ValueError(f"{path}: {what} ({error.strerror or error})") from error
+        raise ValueError(f"{path}: {problem} ({error.strerror or error})") from error
 
 
-def probe_video(path):
-    """The VideoInfo of a file, from the headers of its packets; its first frame alone is decoded. Raises ValueError that starts
-    with the path."""
+def probe_video(path: str | os.PathLike) -> VideoInfo:
+    """Read the headers of all packets and decode the first frame.
+
+    Raises ValueError, starting with the path, if the file is damaged, ends early or holds no
+    frames.
+    """
     container, stream = retry_io(open_video, path)
     with container:
-        with readable(path, "is damaged"):
-            packets = [
-                (p.dts if p.pts is None else p.pts, p.is_keyframe)
-                for p in container.demux(stream)
-                if p.size and not (p.is_discard or p.is_corrupt)
-            ]
-        first = first_frame(container, stream)
-        rate, promised = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
-        if any(
-            stamp is None for stamp, _ in packets
-        ):  # a bare stream: frames follow each other at the stated rate
-            stamped = np.arange(len(packets)) / rate
+        timestamps = []
+        is_keyframe = []
+        with errors_name_path(path, "is damaged"):
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard and not packet.is_corrupt:
+                    timestamps.append(packet.dts if packet.pts is None else packet.pts)
+                    is_keyframe.append(packet.is_keyframe)
+        first_frame = decode_first_frame(container, stream)
+        rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_FRAME_RATE)
+        stated_frames = stream.frames
+        if None in timestamps:  # a bare stream without a container: trust the stated frame rate
+            packet_times = np.arange(len(timestamps)) / rate
         else:
-            stamped = np.array([stamp for stamp, _ in packets], np.float64) * float(
-                stream.time_base
-            )
-    times, keys = (
-        np.sort(stamped),
-        np.sort(stamped[[key for _, key in packets]] if packets else stamped),
-    )
-    if not len(times):
+            packet_times = np.array(timestamps, np.float64) * timestamp_unit(stream)
+    if not timestamps:
         raise ValueError(f"{path}: holds no frames")
-    if promised > len(times) + 2:
-        raise ValueError(f"{path}: ends early, {len(times)} of {promised} frames are there")
+    if stated_frames > len(timestamps) + 2:
+        raise ValueError(
+            f"{path}: ends early, {len(timestamps)} of {stated_frames} frames are present"
+        )
+    times = np.sort(packet_times)
+    keyframe_times = np.sort(packet_times[np.array(is_keyframe)])
     if len(times) > 1:
         if times[-1] <= times[0]:
             raise ValueError(f"{path}: its timestamps do not advance")
         rate = (len(times) - 1) / (times[-1] - times[0])
-    height, width = (next(iter(read_frames(path, times, [0]))) if first is None else first).shape[
-        :2
-    ]
-    return VideoInfo(times, np.searchsorted(times, keys), width, height, rate)
+    if first_frame is None:
+        first_frame = next(read_frames(path, times, [0]))
+    height, width = first_frame.shape[:2]
+    return VideoInfo(times, np.searchsorted(times, keyframe_times), width, height, rate)
 
 
-def first_frame(container, stream):
-    """Pixels of it, from a container that was read through; None where that cannot go back."""
+def decode_first_frame(container: InputContainer, stream: VideoStream) -> np.ndarray | None:
+    """Return the first frame of a container that was read to its end.
+
+    Returns None if the file cannot be decoded from its start; the caller then opens it again.
+    """
     import av
 
     try:
         container.seek(stream.start_time or 0, stream=stream)
-        return to_pixels(next(container.decode(stream)), aspect_of(stream))
+        return to_pixels(next(container.decode(stream)), pixel_aspect_ratio(stream))
     except (av.error.FFmpegError, OSError, StopIteration):
         return None
 
 
-def read_frames(path, times, numbers):
-    """Frames of a file by their numbers in `times`, which must not fall: yields (h, w, 3) uint8, RGB, upright, of square
-    pixels. Decodes from the last keyframe before the first of them to the last of them, and converts only them.
+def read_frames(
+    path: str | os.PathLike, times: np.ndarray, frame_indices: Sequence[int] | np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield frames (h, w, 3) uint8 RGB of a video file, upright and with square pixels.
 
-    Raises ValueError that starts with the path where one is missing or damaged."""
-    numbers, done = np.asarray(numbers), 0
-    with readable(path, "cannot be decoded"):
-        for number, frame, aspect in decode(path, times, int(numbers[0]), int(numbers[-1])):
-            if frame.is_corrupt:  # FFmpeg made it up where data was damaged
-                raise ValueError(f"{path}: frame {number} is damaged")
-            if number == numbers[done]:
-                pixels = to_pixels(frame, aspect)
-            while done < len(numbers) and numbers[done] == number:
-                done += 1
+    times: VideoInfo.times of the file. frame_indices: indices into `times`, in ascending order;
+    repeats are allowed. The file is decoded from the last keyframe before the first requested frame
+    to the last one, and only the requested frames are converted to RGB.
+
+    Raises ValueError, starting with the path, if a requested frame is missing, or if a frame on the
+    way to it is damaged.
+    """
+    frame_indices = np.asarray(frame_indices)
+    first = int(frame_indices[0])
+    last = int(frame_indices[-1])
+    num_yielded = 0
+    with errors_name_path(path, "cannot be decoded"):
+        for index, frame, aspect_ratio in decode_range(path, times, first, last):
+            if frame.is_corrupt:  # FFmpeg made up pixels where data was damaged
+                raise ValueError(f"{path}: frame {index} is damaged")
+            if index == frame_indices[num_yielded]:
+                pixels = to_pixels(frame, aspect_ratio)
+            while num_yielded < len(frame_indices) and frame_indices[num_yielded] == index:
+                num_yielded += 1
                 yield pixels
-            if done == len(numbers):
+            if num_yielded == len(frame_indices):
                 return
-    raise ValueError(f"{path}: frame {numbers[done]} of {len(times)} is missing")
+    raise ValueError(f"{path}: frame {frame_indices[num_yielded]} of {len(times)} is missing")
 
 
-def decode(path, times, first, last):
-    """(number, frame, its pixels' aspect) of frames first .. last: from a keyframe on by their timestamps, of two that are
-    far enough apart; where these do not give each of them, as files that tell wrong ones, counted from the start."""
-    for back in (0, MAX_REORDERED_FRAMES, None)[2 if first == 0 else 0 :]:
+def decode_range(
+    path: str | os.PathLike, times: np.ndarray, first: int, last: int
+) -> Iterator[tuple[int, VideoFrame, Fraction | None]]:
+    """Yield (index, decoded frame, aspect ratio of its pixels) of the frames first .. last.
+
+    Up to three attempts are made, each going on where the one before stopped:
+    1. Seek to the keyframe before the first frame, and identify frames by their timestamps.
+    2. Seek to an earlier keyframe, which the first frames may refer to, and do the same.
+    3. Decode from the start of the file and count the frames, for files with wrong timestamps.
+    """
+    if first == 0:
+        seek_offsets: list[int | None] = [None]
+    else:
+        seek_offsets = [0, MAX_REORDERED_FRAMES, None]
+    for seek_offset in seek_offsets:
         container, stream = open_video(path)
         with container:
-            reordered = (
-                container.format.name == "avi" and stream.codec_context.has_b_frames
-            )  # AVI cannot tell when
-            counted = back is None or reordered
-            if (
-                not counted and container.format.name != "gif"
-            ):  # all of a GIF hangs on its first frame, which it stands at
-                container.seek(
-                    round(times[max(first - back, 0)] / float(stream.time_base)), stream=stream
-                )
+            # AVI does not store the time at which a reordered frame is shown.
+            is_untimed = container.format.name == "avi" and stream.codec_context.has_b_frames
+            count_frames = seek_offset is None or is_untimed
+            # Every frame of a GIF depends on the first one, and decoding starts there anyway.
+            if seek_offset is not None and not is_untimed and container.format.name != "gif":
+                seek_time = times[max(first - seek_offset, 0)]
+                container.seek(round(seek_time / timestamp_unit(stream)), stream=stream)
             for count, frame in enumerate(container.decode(stream)):
-                if not counted and frame.pts is None:
+                if count_frames:
+                    index = count
+                elif frame.pts is None:
                     break
-                number = (
-                    count if counted else nearest_frames(times, float(frame.pts * frame.time_base))
-                )
-                if number > first:
-                    break  # that one is missing, or comes later, or leads a keyframe and needs the one before
-                if number == first:
-                    yield number, frame, aspect_of(stream)
+                else:
+                    index = nearest_frame(times, frame_time(frame))
+                if index > first:
+                    break  # the expected frame is missing, late, or refers to an earlier keyframe
+                if index == first:
+                    yield index, frame, pixel_aspect_ratio(stream)
                     first += 1
-                if number == last:
+                if index == last:
                     return
 
 
-def aspect_of(stream):
-    """Width to height of its pixels, which some files tell in their frames alone; None: it does not tell."""
+def timestamp_unit(stream: VideoStream) -> float:
+    """Return the unit of the stream's timestamps, in seconds."""
+    return float(stream.time_base)  # type: ignore[arg-type]  # FFmpeg sets it for every stream
+
+
+def frame_time(frame: VideoFrame) -> float:
+    """Return the time of a decoded frame that has a timestamp, in seconds."""
+    return float(frame.pts * frame.time_base)  # type: ignore[operator]
+
+
+def pixel_aspect_ratio(stream: VideoStream) -> Fraction | None:
+    """Return width / height of a pixel, or None if the file does not state it.
+
+    Some files state it only in their frames, so this is called after decoding.
+    """
     return stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
 
 
-def nearest_frames(times, time):
-    """The number of the frame whose time is nearest; of two as near the earlier. time: a number, or an array of them."""
-    after = np.clip(np.searchsorted(times, time), 1, max(len(times) - 1, 1))
+def nearest_frames(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the index into the ascending `times` that is nearest to each wanted time.
+
+    A time halfway between two goes to the earlier one.
+    """
     if len(times) == 1:
-        return np.zeros_like(after) if np.ndim(time) else 0
-    return after - (time - times[after - 1] <= times[after] - time)
+        return np.zeros(len(wanted), int)
+    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+    before_is_nearer = wanted - times[after - 1] <= times[after] - wanted
+    return np.where(before_is_nearer, after - 1, after)
 
 
-def to_pixels(frame, aspect=None):
-    """(h, w, 3) uint8 RGB of a decoded frame, turned upright, its pixels, of `aspect` width to height, made square."""
+def nearest_frame(times: np.ndarray, wanted: float) -> int:
+    """Return the index into the ascending `times` that is nearest to one wanted time."""
+    return int(nearest_frames(times, np.array([wanted]))[0])
+
+
+def to_pixels(frame: VideoFrame, aspect_ratio: Fraction | None = None) -> np.ndarray:
+    """Convert a decoded frame to (h, w, 3) uint8 RGB, upright and with square pixels.
+
+    aspect_ratio: width / height of a pixel of the frame; None means square.
+    """
     from PIL import Image
 
-    untold = frame.colorspace == UNTOLD and frame.height >= HIGH_DEFINITION
-    pixels = frame.to_ndarray(format="rgb24", **({"src_colorspace": BT709} if untold else {}))
-    if aspect and aspect != 1:
-        size = max(round(frame.width * float(aspect)), 1), frame.height
+    pixels: np.ndarray
+    if frame.colorspace == COLORSPACE_UNSPECIFIED and frame.height >= HIGH_DEFINITION_HEIGHT:
+        pixels = frame.to_ndarray(format="rgb24", src_colorspace=COLORSPACE_BT709)
+    else:
+        pixels = frame.to_ndarray(format="rgb24")
+    if aspect_ratio and aspect_ratio != 1:
+        square_width = max(round(frame.width * float(aspect_ratio)), 1)
+        size = (square_width, frame.height)
         pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-    return (
-        np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-        if frame.rotation
-        else pixels
-    )
+    if frame.rotation:
+        pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+    return pixels
 
 
-def is_video(name):
-    """Whether a file is one by its name."""
-    return Path(name).suffix.lower() in SUFFIXES
+def is_video(name: str | os.PathLike) -> bool:
+    """Return True if the file name has the suffix of a video."""
+    return Path(name).suffix.lower() in VIDEO_SUFFIXES

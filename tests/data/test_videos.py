@@ -51,10 +51,10 @@ def test_only_the_window_and_its_way_from_the_keyframe_is_decoded(tmp_path, monk
     path = sample_videos.write_video(
         tmp_path / "a.mp4", frames=200, gop=20, options={"bf": "0", "sc_threshold": "0"}
     )
-    film, seen, nearest = video_decode.probe_video(path), [], video_decode.nearest_frames
+    film, seen, nearest = video_decode.probe_video(path), [], video_decode.nearest_frame
     assert film.keyframes.tolist() == list(range(0, 200, 20))
     monkeypatch.setattr(
-        video_decode, "nearest_frames", lambda *how: seen.append(nearest(*how)) or seen[-1]
+        video_decode, "nearest_frame", lambda *how: seen.append(nearest(*how)) or seen[-1]
     )
     list(video_decode.read_frames(path, film.times, range(133, 141)))
     assert seen == list(range(120, 141))
@@ -67,9 +67,9 @@ def test_frames_that_lead_a_keyframe_are_decoded_from_the_one_before_not_from_th
     quiet = {"x265-params": "log-level=none:scenecut=0", "preset": "ultrafast"}
     path = sample_videos.write_video(tmp_path / "a.mp4", "libx265", frames=200, gop=20, options=quiet)
     film, (whole, _) = video_decode.probe_video(path), sample_videos.decode_all(path)
-    seen, nearest, led = [], video_decode.nearest_frames, 0
+    seen, nearest, led = [], video_decode.nearest_frame, 0
     monkeypatch.setattr(
-        video_decode, "nearest_frames", lambda *how: seen.append(nearest(*how)) or seen[-1]
+        video_decode, "nearest_frame", lambda *how: seen.append(nearest(*how)) or seen[-1]
     )
     for start in range(120, 160):
         seen.clear()
