@@ -309,7 +309,7 @@ def render(name, pipe, model, data, args, found, process):
             logger.warning("%s; it is left out", error)
             continue
         if hasattr(model, "adapter"):
-            model.adapter.set(boxes.relaxed())
+            model.adapter.set(boxes.grow_soft_boxes())
         made = sample(pipe, Image.fromarray(true[0]), told, args.validation_seed + i, args)
         clips = {name: np.stack([np.asarray(frame) for frame in made])}
         if name == "base":

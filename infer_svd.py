@@ -34,7 +34,7 @@ def load_pipeline(args):
 def read_boxes(args, path, file, num_frames, slots):
     """The tracklets in `file` as the picture at `path` shows them after resizing."""
     size = images.picture_size([path])
-    own = annotations.tracklets_for(file, path, size)
+    own = annotations.find_picture_tracklets(file, path, size)
     return tracklets.fit_to_picture(
         own, size, args.width, args.height, args.resize_mode, range(num_frames), slots
     )
@@ -55,13 +55,13 @@ def main(args):
             else None
         )
         if adapter:
-            adapter.set(boxes.relaxed())
+            adapter.set(boxes.grow_soft_boxes())
         frames = pipe(
             image, args.height, args.width, num_frames, steps, fps=args.fps,
             min_guidance_scale=args.min_guidance_scale, max_guidance_scale=args.max_guidance_scale,
             motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
             decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.seed),
-            callback_on_step_end=adapter and adapter.until(args.box_tau, steps),
+            callback_on_step_end=adapter and adapter.scheduled_sampling(args.box_tau, steps),
         ).frames[0]  # fmt: skip
         stem = Path(args.output_dir, images.clip_name(path))
         video_writer.write_clip(stem, frames, args.fps)

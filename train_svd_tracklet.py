@@ -72,8 +72,8 @@ class TrackletDataset(DummyDataset):
         only = len(self.clips) == 1 and clip.path.parent in map(
             Path, self.options.base_folder
         )  # not one held out
-        return annotations.tracklets_of_clip(
-            clip.path, self.options.tracklets, size, only=only
+        return annotations.find_clip_tracklets(
+            clip.path, self.options.tracklets, size, is_only_video=only
         ) or tracklets.Tracklets.empty(len(clip)), size
 
     def read_window(self, clip, frames, index):
@@ -85,10 +85,10 @@ class TrackletDataset(DummyDataset):
         rng = np.random.default_rng((self.seed, index, 1))
         how = *clip.size, self.resize_mode, frames, options.max_objects, options.min_box_size
         boxes = tracklets.fit_to_picture(own, size, *how).shuffled_colors(rng)
-        boxes = boxes.none() if rng.random() < options.box_dropout else boxes
+        boxes = boxes.without_objects() if rng.random() < options.box_dropout else boxes
         if options.draw_boxes == "yes":
             item["pixel_values"] = tracklets.draw_boxes(item["pixel_values"], boxes)
-        shown = boxes.soften(rng, options.soft_boxes).relaxed(rng)
+        shown = boxes.mark_soft(rng, options.soft_boxes).grow_soft_boxes(rng)
         return {**item, "cond": shown.cond(), "foreground": boxes.boxes * boxes.valid[..., None]}
 
 
@@ -142,11 +142,11 @@ def validation_boxes(i, args):
     path, told = args.validation_image[i], args.validation[i]
     size, frames = load_picture(path).size, range(args.num_frames)
     if args.validation_tracklets:
-        own = annotations.tracklets_for(args.validation_tracklets[i], path, size)
+        own = annotations.find_picture_tracklets(args.validation_tracklets[i], path, size)
     else:
         clip, frames = Path(told["clip"] or path).absolute(), told["frames"] or frames
         among = clip.parent in map(Path.absolute, map(Path, args.base_folder))
-        own = annotations.tracklets_of_clip(clip, args.tracklets, size, only=among)
+        own = annotations.find_clip_tracklets(clip, args.tracklets, size, is_only_video=among)
     return own and tracklets.fit_to_picture(
         own, size, args.width, args.height, args.resize_mode, frames, args.max_objects
     )
@@ -157,7 +157,7 @@ def validate_boxes(pipe, unet, step, args):
     clips = []
     for i, (path, told) in enumerate(zip(args.validation_image, args.validation)):
         boxes = validation_boxes(i, args)
-        unet.adapter.set(boxes and boxes.relaxed())
+        unet.adapter.set(boxes and boxes.grow_soft_boxes())
         one = argparse.Namespace(**{**vars(args), "validation_image": [path], "validation": [told]})
         for name, image, frames in validate(pipe, unet, step, one):
             if boxes:

@@ -243,7 +243,7 @@ def test_a_stage_starts_where_the_last_one_ended(run, tmp_path, weights):
         "--learning_rate=0",
         tracklet=True,
     )
-    assert_equal_files(out / box_control.FILE_NAME, weights / box_control.FILE_NAME)
+    assert_equal_files(out / box_control.BOX_CONTROL_FILE, weights / box_control.BOX_CONTROL_FILE)
     with pytest.raises(
         ValueError, match=r"--tracklet_weights: has \(max_objects, enhancer\) \(8, .carry.\)"
     ):
@@ -271,7 +271,7 @@ def test_parts_of_the_unet_train_along_are_saved_and_go_on_in_the_next_stage(
         "--max_train_steps=2",
         tracklet=True,
     )
-    saved = {name for name in load_file(first / box_control.FILE_NAME) if name.startswith("unet.")}
+    saved = {name for name in load_file(first / box_control.BOX_CONTROL_FILE) if name.startswith("unet.")}
     assert "unet.conv_in.weight" in saved and any("time_mixer" in name for name in saved)
     base, tuned = (load_svd(str(TINY_SVD), torch.float32).unet for _ in range(2))
     box_control.load_box_control(tuned, first)
@@ -283,7 +283,7 @@ def test_parts_of_the_unet_train_along_are_saved_and_go_on_in_the_next_stage(
         tracklet=True,
         output_dir=tmp_path / "second",
     )
-    assert saved <= load_file(second / box_control.FILE_NAME).keys()
+    assert saved <= load_file(second / box_control.BOX_CONTROL_FILE).keys()
 
 
 def test_a_lora_lies_under_the_boxes_and_stays_as_it_is(run, pipe, tmp_path):
@@ -378,7 +378,7 @@ def test_a_real_clip_trains_with_its_motchallenge_boxes(run, tmp_path):
     (tmp_path / "videos" / "mammoth_rhino").symlink_to(DATA / "mammoth_rhino" / "img1")
     out = run(f"--base_folder={tmp_path / 'videos'}", f"--tracklets={DATA / 'mammoth_rhino' / 'gt' / 'gt.txt'}",
               "--max_train_steps=1", "--validation_steps=1", "--num_inference_steps=1", tracklet=True)  # fmt: skip
-    assert (out / box_control.FILE_NAME).exists() and (out / "comparison.png").exists()
+    assert (out / box_control.BOX_CONTROL_FILE).exists() and (out / "comparison.png").exists()
     (own,) = annotations.read_tracklets(DATA / "mammoth_rhino" / "gt" / "gt.txt").values()
     seen = tracklets.fit_to_picture(own, (854, 480), 64, 48, "crop", range(8), 8)
     assert seen.valid[:, :2].all() and not seen.valid[:, 2:].any()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from svd_xtend.data.images import read_bytes
-from svd_xtend.data.tracklets import Tracklets, interpolate_boxes, palette
+from svd_xtend.data.tracklets import Tracklets, interpolate_keyframes, palette
 
 logger = logging.getLogger("svd_xtend")
 
@@ -317,7 +317,7 @@ def parse_own_format(file, told, prefix):
         np.zeros((f, n), bool),
     )
     for slot, given in enumerate(keys):
-        for frame, box, hard_here in interpolate_boxes(given):
+        for frame, box, hard_here in interpolate_keyframes(given):
             boxes[frame, slot], valid[frame, slot], hard[frame, slot] = box, True, hard_here
     ids = tuple(str(track.get("id", i)) for i, track in enumerate(tracks))
     return Tracklets(
@@ -341,7 +341,7 @@ def write_tracklets(file, tracklets):
     Path(file).write_text(json.dumps(document))
 
 
-def tracklets_of(source, video, size, only=False, texts=True):
+def find_tracklets(source, video, size, is_only_video=False, texts=True):
     """Tracklets of one video folder from `source`, an annotation file or a folder of them; None where it has none.
 
     A folder may hold <video>.json, <video>.txt, <video>/tracklets.json or <video>/gt/gt.txt. only: the folder that is
@@ -358,18 +358,18 @@ def tracklets_of(source, video, size, only=False, texts=True):
         found = read_tracklets(file, size) if file else {}
         return next(iter(found.values()), None) if len(found) == 1 else found.get(video)
     found = read_tracklets(source, size)
-    return next(iter(found.values())) if only and len(found) == 1 else found.get(video)
+    return next(iter(found.values())) if is_only_video and len(found) == 1 else found.get(video)
 
 
-def tracklets_of_clip(path, source, size, only=False):
-    """Tracklets of the video at `path`, a folder of frames or a file, from `source`, as tracklets_of has it; None: those that lie
+def find_clip_tracklets(path, source, size, is_only_video=False):
+    """Tracklets of the video at `path`, a folder of frames or a file, from `source`, as find_tracklets has it; None: those that lie
     in it or beside it, where a <video>.txt is a caption."""
     path = Path(path)
     name = path.name if path.is_dir() else path.stem
-    return tracklets_of(source or path.parent, name, size, only, texts=source is not None)
+    return find_tracklets(source or path.parent, name, size, is_only_video, texts=source is not None)
 
 
-def tracklets_for(source, path, size):
+def find_picture_tracklets(source, path, size):
     """Those of `source` for a picture: of the video in whose folder it lies or after which it is named, or the only ones."""
     names = Path(path).absolute().parent.name, Path(path).stem
     found = read_tracklets(source, size)

@@ -24,7 +24,7 @@ logger = logging.getLogger("svd_xtend")
 LINE_WIDTH = (
     4 / 1024
 )  # of a drawn box, as a fraction of the picture's width (TrackDiffusion's SVD branch: 4 px at 1024)
-SOFT_BOX_MARGIN = (
+SOFT_BOX_BETA = (
     1,
     8,
 )  # soft boxes grow on each side by Beta(1, 8) times the picture's size (Boximator, Sec. 4)
@@ -81,14 +81,14 @@ class Tracklets:
         x0, y0, x1, y1 = np.moveaxis(self.boxes, -1, 0)
         return replace(self, boxes=np.stack([1 - x1, y0, 1 - x0, y1], -1))
 
-    def choose(self, slots):
+    def take_slots(self, slots):
         """These slots, in this order."""
         return Tracklets(
             self.boxes[:, slots], self.valid[:, slots], self.hard[:, slots], self.colors[slots],
             tuple(self.ids[i] for i in slots), tuple(self.categories[i] for i in slots),
         )  # fmt: skip
 
-    def select(self, n, min_size=0.0):
+    def select_largest(self, n, min_size=0.0):
         """The at most n largest and longest: by area summed over the frames in which they are there. Objects that are
         never in the picture, or whose longer side never reaches `min_size` of it, go."""
         sides = np.maximum(self.boxes[..., 2:] - self.boxes[..., :2], 0) * self.valid[..., None]
@@ -98,7 +98,7 @@ class Tracklets:
             for i in np.argsort(-areas, kind="stable")
             if areas[i] > 0 and longest[i] >= min_size
         ]
-        return self.choose(sorted(order[:n]))
+        return self.take_slots(sorted(order[:n]))
 
     def pad(self, n):
         """To n slots in the colours of `palette(n)`; the new ones hold nothing."""
@@ -114,7 +114,7 @@ class Tracklets:
         more = ("",) * (n - own)
         return Tracklets(boxes, valid, hard, palette(n), self.ids + more, self.categories + more)
 
-    def soften(self, rng, probability):
+    def mark_soft(self, rng, probability):
         """Mark boxes as soft with this probability; `relaxed` then hides where exactly they were.
 
         For half of the objects each frame is drawn for itself, for the others all frames as one: tracks that are exact
@@ -123,10 +123,10 @@ class Tracklets:
         draws = np.where(whole, draws[:1], draws)
         return replace(self, hard=self.hard & (draws >= probability))
 
-    def relaxed(self, rng=None):
+    def grow_soft_boxes(self, rng=None):
         """Soft boxes grown on each side by Beta(1, 8) of the picture, at most to its border; without rng by the mean,
         1/9. What the model is shown: draw and measure with the boxes before it."""
-        a, b = SOFT_BOX_MARGIN
+        a, b = SOFT_BOX_BETA
         margins = (
             np.full(self.boxes.shape, a / (a + b))
             if rng is None
@@ -143,7 +143,7 @@ class Tracklets:
         for slot in np.flatnonzero(self.valid.any(0)):
             first, last = np.flatnonzero(self.valid[:, slot])[[0, -1]]
             given = {int(f): self.boxes[f, slot] for f in (first, last)}
-            for f, box, exact in interpolate_boxes(given):
+            for f, box, exact in interpolate_keyframes(given):
                 boxes[f, slot], valid[f, slot], hard[f, slot] = box, True, exact
         return replace(self, boxes=boxes, valid=valid, hard=hard)
 
@@ -151,7 +151,7 @@ class Tracklets:
         """Another order of the colours: the model must not learn that slot 0 is red."""
         return replace(self, colors=self.colors[rng.permutation(len(self.colors))])
 
-    def none(self):
+    def without_objects(self):
         """The same slots with nothing in them."""
         return replace(self, valid=np.zeros_like(self.valid))
 
@@ -173,7 +173,7 @@ def crop_window(size, width, height, resize_mode="crop"):
 def fit_to_picture(tracklets, size, width, height, resize_mode, frames, n, min_size=0.0):
     """Tracklets of pictures of `size` -> those of a clip of `frames`, by their numbers: crop, at most n objects, n slots."""
     seen = tracklets.at(frames).project(crop_window(size, width, height, resize_mode))
-    return seen.select(n, min_size).pad(n)
+    return seen.select_largest(n, min_size).pad(n)
 
 
 # ---------------------------------------------------------------------------------------------------------------- draw
@@ -189,7 +189,7 @@ def draw_boxes(pixel_values, tracklets, first=1, line_width=None):
     for f in range(first, len(frames)):
         picture = Image.fromarray(frames[f])
         for n in np.flatnonzero(tracklets.valid[f]):
-            color, box = rgb_of(tracklets.colors[n]), pixel_box(tracklets.boxes[f, n], picture.size)
+            color, box = to_rgb(tracklets.colors[n]), to_pixel_corners(tracklets.boxes[f, n], picture.size)
             most = (
                 min(box[2] - box[0], box[3] - box[1]) + 1
             ) // 2  # beyond it Pillow draws outwards
@@ -198,7 +198,7 @@ def draw_boxes(pixel_values, tracklets, first=1, line_width=None):
     return frames.transpose(0, 3, 1, 2)
 
 
-def pixel_box(box, size):
+def to_pixel_corners(box, size):
     """xyxy in [0, 1] -> the corner pixels, of which at least one is in the picture."""
     w, h = size
     x0, y0, x1, y1 = (box * np.array([w, h, w, h])).round().astype(int).tolist()
@@ -206,7 +206,7 @@ def pixel_box(box, size):
     return x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)
 
 
-def rgb_of(color):
+def to_rgb(color):
     return tuple((color * 255).round().astype(int).tolist())
 
 
@@ -220,7 +220,7 @@ def render_boxes(frames, tracklets, least=256):
     for f, picture in enumerate(pictures[: len(tracklets)]):
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(12, picture.width // 40))
         for n in np.flatnonzero(tracklets.valid[f]):
-            color, box = rgb_of(tracklets.colors[n]), pixel_box(tracklets.boxes[f, n], picture.size)
+            color, box = to_rgb(tracklets.colors[n]), to_pixel_corners(tracklets.boxes[f, n], picture.size)
             draw.rectangle(
                 box,
                 outline=color,
@@ -258,7 +258,7 @@ def box_iou(a, b):
     return np.where(total > 0, both / np.maximum(total, 1e-12), 0.0)
 
 
-def interpolate_boxes(given):
+def interpolate_keyframes(given):
     """{frame: box or None} -> (frame, box, is it one of those given) for each frame in which the object is there."""
     frames = list(given)
     for a, b in zip(frames, [*frames[1:], None]):

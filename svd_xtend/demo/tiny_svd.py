@@ -438,7 +438,7 @@ def evaluate_control(folder, weights, picture=None, count=64, lora=None):
         for name, boxes in (
             ("without boxes", None),
             ("with boxes", asked),
-            ("ends only", asked.only_ends().relaxed()),
+            ("ends only", asked.only_ends().grow_soft_boxes()),
         ):
             adapter.set(boxes)
             made[name] = sample_tiny(pipe, clip, i)

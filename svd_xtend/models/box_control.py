@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from svd_xtend.models.loading import BOX_CONTROL_FILE as FILE_NAME
+from svd_xtend.models.loading import BOX_CONTROL_FILE
 
 FREQUENCIES = 8  # Boximator, Sec. 4.1: cos and sin of x 100^(k / 8), k = 0 .. 7
 SHARPNESS = 10  # a tenth of the picture away from its side is clearly inside or outside a box
@@ -348,7 +348,7 @@ class BoxAdapter(nn.Module):
             cond = {k: torch.from_numpy(v)[None] for k, v in own.cond().items()}
         self.control = cond or None
 
-    def until(self, tau, steps):
+    def scheduled_sampling(self, tau, steps):
         """A pipeline's callback_on_step_end that lets the boxes hold for the first tau of its steps, and the stock UNet
         for the rest (GLIGEN, Sec. 4: scheduled sampling)."""
         self.enabled = tau > 0
@@ -489,20 +489,20 @@ def save_box_control(adapter, folder, unet_parameters=None):
     # not state_dict, which under FSDP2 gives each process its part
     tensors = {public_name(k): v for k, v in adapter.named_parameters()}
     tensors |= {f"unet.{k}": v for k, v in (unet_parameters or {}).items()}
-    write_weights(
+    write_box_weights(
         tensors, {"format": "pt", "box_adapter": json.dumps(adapter.config)}, folder, torch.float32
     )
 
 
-def write_weights(tensors, metadata, folder, dtype):
+def write_box_weights(tensors, metadata, folder, dtype):
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
-    save_file(tensors, Path(folder, FILE_NAME), metadata)
+    save_file(tensors, Path(folder, BOX_CONTROL_FILE), metadata)
 
 
-def read_weights(file):
+def read_box_weights(file):
     """(metadata, {name: tensor} in float32) of weights of box control, a file or its folder."""
-    file = Path(file, FILE_NAME) if Path(file).is_dir() else Path(file)
+    file = Path(file, BOX_CONTROL_FILE) if Path(file).is_dir() else Path(file)
     if not file.is_file():
         raise ValueError(f"--tracklet_weights {file}: no such file")
     try:
@@ -522,7 +522,7 @@ def read_weights(file):
 
 def load_box_control(unet, file):
     """The adapter in `file` (or its folder), attached to `unet`, whose own trained parameters it brings along."""
-    metadata, tensors = read_weights(file)
+    metadata, tensors = read_box_weights(file)
     config = json.loads(metadata["box_adapter"])
     config["blocks"] = {path: tuple(size) for path, size in config["blocks"].items()}
     check_box_blocks(config["blocks"], unet, f"--tracklet_weights {file}")
@@ -556,5 +556,5 @@ if __name__ == "__main__":
     parser.add_argument("tracklet_weights", help="tracklet_weights.safetensors, or its folder")
     parser.add_argument("--output_dir", required=True, help="where the halved file goes")
     args = parser.parse_args()
-    metadata, tensors = read_weights(args.tracklet_weights)
-    write_weights(tensors, metadata, args.output_dir, torch.float16)
+    metadata, tensors = read_box_weights(args.tracklet_weights)
+    write_box_weights(tensors, metadata, args.output_dir, torch.float16)

@@ -246,15 +246,15 @@ def test_a_picture_finds_its_own_boxes_in_a_file_of_many_or_says_that_there_are_
         annotations.write_tracklets(tmp_path / f"{name}.json", tracklets)
     many = {"videos": {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab"}}
     file = write(tmp_path / "many.json", many)
-    assert len(annotations.tracklets_for(file, "x/b/000.png", (8, 8))) == 5  # after its folder
-    assert len(annotations.tracklets_for(file, "x/a.png", (8, 8))) == 4  # after its name
+    assert len(annotations.find_picture_tracklets(file, "x/b/000.png", (8, 8))) == 5  # after its folder
+    assert len(annotations.find_picture_tracklets(file, "x/a.png", (8, 8))) == 4  # after its name
     assert (
-        len(annotations.tracklets_for(tmp_path / "a.json", "x/photo.png", (8, 8))) == 4
+        len(annotations.find_picture_tracklets(tmp_path / "a.json", "x/photo.png", (8, 8))) == 4
     )  # the only ones
     with pytest.raises(
         ValueError, match=r"has 2 videos, none of them named x or photo: \['a', 'b'\]"
     ):
-        annotations.tracklets_for(file, "x/photo.png", (8, 8))
+        annotations.find_picture_tracklets(file, "x/photo.png", (8, 8))
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
@@ -267,11 +267,11 @@ def test_a_folder_of_annotations_is_searched_for_the_videos_name(tmp_path):
     annotations.write_tracklets(tmp_path / "a.json", some(4, 1))
     (tmp_path / "b").mkdir()
     annotations.write_tracklets(tmp_path / "b" / "tracklets.json", some(5, 2))
-    assert len(annotations.tracklets_of(tmp_path, "a", (8, 8))) == 4
-    assert len(annotations.tracklets_of(tmp_path, "b", (8, 8))) == 5
-    assert annotations.tracklets_of(tmp_path, "c", (8, 8)) is None
-    assert annotations.tracklets_of(tmp_path / "a.json", "c", (8, 8)) is None
-    assert len(annotations.tracklets_of(tmp_path / "a.json", "c", (8, 8), only=True)) == 4
+    assert len(annotations.find_tracklets(tmp_path, "a", (8, 8))) == 4
+    assert len(annotations.find_tracklets(tmp_path, "b", (8, 8))) == 5
+    assert annotations.find_tracklets(tmp_path, "c", (8, 8)) is None
+    assert annotations.find_tracklets(tmp_path / "a.json", "c", (8, 8)) is None
+    assert len(annotations.find_tracklets(tmp_path / "a.json", "c", (8, 8), is_only_video=True)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------- crops and windows
@@ -331,10 +331,10 @@ def test_select_takes_the_largest_and_longest_and_never_the_unseen():
     valid = np.ones((4, 4), bool)
     valid[1:, 1] = False
     ours = Tracklets(boxes, valid, valid, palette(4), ("a", "b", "c", "d"), ("",) * 4)
-    assert ours.select(8).ids == ("a", "b", "d")
-    assert ours.select(8, min_size=0.02).ids == ("a", "b")
-    assert ours.select(1).ids == ("b",)
-    assert ours.select(2).pad(5).ids == ("a", "b", "", "", "")
+    assert ours.select_largest(8).ids == ("a", "b", "d")
+    assert ours.select_largest(8, min_size=0.02).ids == ("a", "b")
+    assert ours.select_largest(1).ids == ("b",)
+    assert ours.select_largest(2).pad(5).ids == ("a", "b", "", "", "")
     with pytest.raises(ValueError, match="4 objects do not fit 2 slots"):
         ours.pad(2)
 
@@ -347,7 +347,7 @@ def test_soft_boxes_hold_the_hard_ones_and_grow_by_a_ninth_on_average():
     there = np.ones((4000, 1), bool)
     ours = Tracklets(boxes, there, there, palette(1), ("0",), ("",))
     rng = np.random.default_rng(0)
-    soft = ours.soften(rng, 1.0).relaxed(rng)
+    soft = ours.mark_soft(rng, 1.0).grow_soft_boxes(rng)
     margins = (soft.boxes - boxes) * [-1, -1, 1, 1]
     assert (
         (margins >= 0).all()
@@ -356,15 +356,15 @@ def test_soft_boxes_hold_the_hard_ones_and_grow_by_a_ninth_on_average():
     )
     assert soft.boxes.min() >= 0 and soft.boxes.max() <= 1
     np.testing.assert_allclose(
-        ours.soften(rng, 1.0).relaxed().boxes[0, 0], [0.5 - 1 / 9] * 2 + [0.5 + 1 / 9] * 2
+        ours.mark_soft(rng, 1.0).grow_soft_boxes().boxes[0, 0], [0.5 - 1 / 9] * 2 + [0.5 + 1 / 9] * 2
     )
     many = Tracklets(np.tile(boxes[:8], (1, 500, 1)), np.ones((8, 500), bool), np.ones((8, 500), bool), palette(500), ("",) * 500, ("",) * 500)  # fmt: skip
-    hard = many.soften(rng, 0.8).hard
+    hard = many.mark_soft(rng, 0.8).hard
     assert hard.mean() == pytest.approx(0.2, abs=0.04)
     assert hard.all(0).mean() == pytest.approx(
         0.1, abs=0.05
     )  # half of the objects are soft or hard as a whole
-    assert (ours.soften(rng, 0.0).relaxed(rng).boxes == boxes).all()
+    assert (ours.mark_soft(rng, 0.0).grow_soft_boxes(rng).boxes == boxes).all()
 
 
 def test_drawn_boxes_are_found_again_by_their_colour_and_frame_0_is_clean():
@@ -520,11 +520,11 @@ def test_score_counts_misses_swaps_and_shifts():
     assert tracklet_score.score_tracklets(asked, shifted)["mean_iou"] == pytest.approx(
         0.08 / 0.12, abs=1e-5
     )
-    missed = shifted.choose([0])
+    missed = shifted.take_slots([0])
     figures = tracklet_score.score_tracklets(asked, missed)
     assert (
         figures["success"] == 0.5
         and figures["mota"] == 0.5
         and figures["mean_iou"] == pytest.approx(1 / 3, abs=1e-5)
     )
-    assert tracklet_score.score_tracklets(asked, asked.none())["success"] == 0
+    assert tracklet_score.score_tracklets(asked, asked.without_objects())["success"] == 0

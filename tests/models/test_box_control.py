@@ -157,7 +157,7 @@ def test_halved_weights_are_half_the_size_and_load(unet, tmp_path):
     ]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     sizes = [
-        (folder / box_control.FILE_NAME).stat().st_size for folder in (tmp_path, tmp_path / "half")
+        (folder / box_control.BOX_CONTROL_FILE).stat().st_size for folder in (tmp_path, tmp_path / "half")
     ]
     assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.02)
     adapter.detach()
@@ -189,7 +189,7 @@ def test_weights_of_another_unet_or_of_something_else_are_refused(unet, tmp_path
     with pytest.raises(ValueError, match="for another UNet; .*64.* here and .*128.* there"):
         box_control.load_box_control(unet, tmp_path / "wide")
     (tmp_path / "cut.safetensors").write_bytes(
-        (tmp_path / "wide" / box_control.FILE_NAME).read_bytes()[:1000]
+        (tmp_path / "wide" / box_control.BOX_CONTROL_FILE).read_bytes()[:1000]
     )
     with pytest.raises(
         ValueError, match="--tracklet_weights .*cut.safetensors: damaged or not safetensors"
@@ -201,11 +201,11 @@ def test_weights_of_another_unet_or_of_something_else_are_refused(unet, tmp_path
     box_control.save_box_control(box_control.new_box_control(unet), tmp_path / "short")
     from safetensors import safe_open
 
-    with safe_open(tmp_path / "short" / box_control.FILE_NAME, "pt") as f:
+    with safe_open(tmp_path / "short" / box_control.BOX_CONTROL_FILE, "pt") as f:
         metadata = f.metadata()
-    tensors = load_file(tmp_path / "short" / box_control.FILE_NAME)
+    tensors = load_file(tmp_path / "short" / box_control.BOX_CONTROL_FILE)
     tensors.pop("position_net.null")
-    save_file(tensors, tmp_path / "short" / box_control.FILE_NAME, metadata)
+    save_file(tensors, tmp_path / "short" / box_control.BOX_CONTROL_FILE, metadata)
     with pytest.raises(ValueError, match="1 tensors are missing.*position_net.null"):
         box_control.load_box_control(unet, tmp_path / "short")
 
@@ -301,7 +301,7 @@ def test_the_order_of_slots_and_what_stands_in_empty_ones_do_not_matter(unet):
     ours = CLIP.tracklets().pad(8)
     adapter.set(ours)
     expected = forward(unet)
-    adapter.set(ours.choose([5, 1, 0, 7, 2, 3, 6, 4]))
+    adapter.set(ours.take_slots([5, 1, 0, 7, 2, 3, 6, 4]))
     torch.testing.assert_close(forward(unet), expected, rtol=1e-4, atol=1e-5)
     junk = cond()
     empty = junk["valid"] == 0
@@ -414,7 +414,7 @@ def test_the_unconditional_half_has_null_boxes(unet):
     adapter.set(**cond())
     unconditional, conditional = forward(unet, both).chunk(2)
     torch.testing.assert_close(conditional, forward(unet, x), rtol=1e-4, atol=1e-5)
-    adapter.set(CLIP.tracklets().none())
+    adapter.set(CLIP.tracklets().without_objects())
     torch.testing.assert_close(unconditional, forward(unet, x), rtol=1e-4, atol=1e-5)
 
 
@@ -422,7 +422,7 @@ def test_the_unconditional_half_has_null_boxes(unet):
 def test_box_guidance_goes_farther_from_without_boxes_to_with(unet, guided):
     adapter = open_gates(box_control.new_box_control(unet))
     x = inputs()
-    adapter.set(CLIP.tracklets().none())
+    adapter.set(CLIP.tracklets().without_objects())
     without = forward(unet, x)
     adapter.set(CLIP.tracklets())
     with_boxes = forward(unet, x)
@@ -442,7 +442,7 @@ def test_tau_ends_the_boxes_reign(pipe):
     stock = render(pipe)
     adapter = open_gates(box_control.new_box_control(pipe.unet))
     adapter.set(CLIP.tracklets())
-    got = {tau: render(pipe, callback_on_step_end=adapter.until(tau, 2)) for tau in (0, 0.5, 1)}
+    got = {tau: render(pipe, callback_on_step_end=adapter.scheduled_sampling(tau, 2)) for tau in (0, 0.5, 1)}
     assert (got[0] == stock).all()
     assert (got[0.5] != stock).any() and (got[0.5] != got[1]).any()
     adapter.enabled = True
