@@ -134,7 +134,7 @@ def test_more_than_one_percent_damaged_stops_the_run(tmp_path, run):
         for i in range(8):
             picture(tmp_path / "bad" / f"v{v}" / f"{i}.png", 50)
     (tmp_path / "bad" / "v0" / "4.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="^--base_folder.*over 1 %"):
+    with pytest.raises(ValueError, match="^--base_folder.*more than 1 %"):
         run("--max_train_steps=20", f"--base_folder={tmp_path / 'bad'}", "--motion_bucket_id=127")
 
 

@@ -187,7 +187,7 @@ def test_accumulation_may_change_on_resuming(run):
 
 def test_resuming_another_run_is_noticed(run, caplog, tmp_path, clips):
     out = run("--max_train_steps=1", lora=True)
-    with pytest.raises(ValueError, match="^--lora_alpha 3.0: the run in .* has None"):
+    with pytest.raises(ValueError, match="^--lora_alpha 3.0: the run in .* was trained with None"):
         run("--max_train_steps=2", "--lora_alpha=3", lora=True)
     shutil.copytree(clips, tmp_path / "other")
     run("--max_train_steps=2", f"--base_folder={tmp_path / 'other'}", lora=True)
@@ -202,7 +202,7 @@ def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(run):
         return value
 
     with pytest.raises(
-        FloatingPointError, match="step 2: the gradient norm is nan.*checkpoint of step 1 is whole"
+        FloatingPointError, match="step 2: the gradient norm is nan.*checkpoint of step 1 is complete"
     ):
         run("--max_train_steps=3", *SMALL, "--checkpointing_steps=1", loss=poison)
 

@@ -20,17 +20,16 @@ LEFT_OUT = [  # what only resuming needs, what trackers keep, what a killed writ
 
 
 def push_to_hub(args):
-    """Upload the run with a model card, without checkpoints."""
+    """Upload the run with a model card, without checkpoints. Needs `hf auth login` or HF_TOKEN."""
     from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
     from huggingface_hub import create_repo, upload_folder
 
-    repo = create_repo(
-        args.hub_model_id or Path(args.output_dir).name, exist_ok=True, token=args.hub_token
-    ).repo_id
+    name = args.hub_model_id or Path(args.output_dir).name
+    repo = create_repo(name, exist_ok=True).repo_id
     base = str(args.pretrained_model_name_or_path)
     told = f"{BEGINS}\n\n{text(args.output_dir, repo)}\n\n{ENDS}"
     card = load_or_create_model_card(
-        repo, args.hub_token, from_training=True, inference=True, model_description=told,
+        repo, from_training=True, inference=True, model_description=told,
         base_model=None if Path(base).exists() else base,  # the Hub refuses a card that names a folder there
     )  # fmt: skip
     card.text = re.sub(
@@ -41,9 +40,7 @@ def push_to_hub(args):
     )  # diffusers' own placeholder
     tags = [tag for tag in TAGS if tag not in (card.data.tags or [])]
     populate_model_card(card, tags).save(Path(args.output_dir, "README.md"))
-    upload_folder(
-        repo_id=repo, folder_path=args.output_dir, token=args.hub_token, ignore_patterns=LEFT_OUT
-    )
+    upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=LEFT_OUT)
 
 
 def text(output_dir, repo=None):

@@ -76,7 +76,7 @@ def fraction(text: str) -> float:
 
 
 def fraction_below_one(text: str) -> float:
-    """Parse a number from 0 to 1, with 0 and without 1. Raise ArgumentTypeError if it is anything else."""
+    """Parse a number from 0 to below 1. Raise ArgumentTypeError if it is anything else."""
     value = parse_float(text)
     if value is None or not 0 <= value < 1:
         raise wrong_value("a fraction from 0 to less than 1", text)
@@ -126,7 +126,7 @@ def wrong_value(expected: str, text: str) -> argparse.ArgumentTypeError:
 
 
 def find_wrong_number(args: argparse.Namespace, least: dict[str, int]) -> str | None:
-    """Return an error message if a size, a frame rate or a number of things is out of range, else None.
+    """Return an error message if a size, a frame rate or a count is out of range, else None.
 
     least: {flag: the smallest value that it may have}. None as a value is never wrong.
     """

@@ -1,8 +1,19 @@
-"""What surrounds a training loop: precision, optimizer, what a run was told, metrics, signals, trackers."""
+"""The files in which a training run records its flags, its launches and its metrics.
 
+    record_run(accelerator, args, clips)              # args.json, run.json, motion.png
+    metrics = MetricsWriter(output_dir, step=0)       # metrics.jsonl
+    metrics.write(1, loss=0.1, lr=1e-5, grad_norm=0.5, seconds=0.7, peak_gib=12.0)
+    rows = read_rows(output_dir / "held_out.jsonl")
+
+args.json holds the resolved flags. run.json holds one entry per launch of the run: the command, the
+commit, the library versions and the machine. The *.jsonl files hold one JSON object per line.
+"""
+
+from __future__ import annotations
+
+import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
@@ -12,238 +23,278 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from svd_xtend.data import motion
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from svd_xtend.data.sampler import ClipCollection
 
 logger = logging.getLogger("svd_xtend")
 
 ROOT = Path(__file__).parents[2]
+RECORDED_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+
+# Flags that give the trained weights their shape or meaning: a run can resume only with the same
+# values.
+MUST_AGREE_ON_RESUME = (
+    "rank", "lora_alpha", "lora_targets", "use_dora", "max_objects", "enhancer",
+)  # fmt: skip
+# Flags that change what is learned: a run may resume with other values, and warns.
+SHOULD_AGREE_ON_RESUME = (
+    "pretrained_model_name_or_path", "pretrain_unet", "base_folder", "folder_weights", "fps",
+    "source_fps", "motion_bucket_id", "buckets", "image_ratio", "validation_ratio",
+    "validation_folder", "validation_clips", "validation_seed", "width", "height", "P_mean",
+    "P_std",
+)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- what a run was told
+# ----------------------------------------------------------------------------------- files of a run
 
 
 @contextlib.contextmanager
-def output_errors(output_dir):
-    """What goes wrong with files in here becomes one error that names the folder."""
+def output_errors(output_dir: str | Path) -> Iterator[None]:
+    """Turn every OSError raised in this context into one that names --output_dir."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror or error}). Make room, or choose another folder"
+            f"--output_dir {output_dir}: cannot be written ({error.strerror or error}). "
+            "Free some space, or choose another folder"
         ) from error
 
 
-def write_atomically(file, text):
-    """Write a file of an --output_dir so that it is there as it was, or as it is to be."""
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file of an --output_dir so that a kill leaves either the old or the new content."""
     partial = file.with_name(f"{file.name}.partial")
     with output_errors(file.parent):
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, file)
 
 
-def record_run(accelerator, args, data):
-    """Write the resolved flags to <output_dir>/args.json, and to run.json how this start came about; hand them to the tracker, and
-    draw where motion_bucket_id is by motion how that is distributed; the main process does."""
+# --------------------------------------------------------------------------- args.json and run.json
+
+
+def record_run(accelerator: Accelerator, args: argparse.Namespace, clips: ClipCollection) -> None:
+    """Write args.json and run.json, plot the clips' motion, and start the tracker of --report_to.
+
+    Only the main process does anything. motion.png shows the distribution of motion scores, if
+    --motion_bucket_id auto derives the buckets from them.
+    """
     if not accelerator.is_main_process:
         return
-    sys.argv[1:] = without_token(sys.argv[1:])  # wandb reads and uploads them
-    told = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    out = Path(args.output_dir)
-    with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if args.motion_bucket_id == "auto" and len(data.scores):
-            motion.plot_motion(
-                out / "motion.png", data.scores, f"motion of {len(data.scores)} clips"
-            )
-    write_atomically(out / "args.json", json.dumps(told, indent=1, default=str))
-    write_atomically(
-        out / "run.json",
-        json.dumps({"starts": [*read_starts(out), describe_start(accelerator, args)]}, indent=1),
-    )
+    flags = vars(args)
+    output_dir = Path(args.output_dir)
+    with output_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if args.motion_bucket_id == "auto" and len(clips.scores):
+            title = f"motion of {len(clips.scores)} clips"
+            motion.plot_motion(output_dir / "motion.png", clips.scores, title)
+    write_atomically(output_dir / "args.json", json.dumps(flags, indent=1, default=str))
+    starts = [*read_starts(output_dir), describe_start(accelerator, args)]
+    write_atomically(output_dir / "run.json", json.dumps({"starts": starts}, indent=1))
     if args.report_to != "none":
-        shown = {k: v if isinstance(v, (int, float)) else str(v) for k, v in told.items()}
-        accelerator.init_trackers("svd_xtend", shown)
+        accelerator.init_trackers("svd_xtend", tracker_config(flags))
 
 
-def read_starts(output_dir):
-    """What run.json says of the starts of a run, the last one last; nothing where it is not there, or not what describe wrote."""
+def tracker_config(flags: dict[str, Any]) -> dict[str, int | float | str]:
+    """Return the flags as trackers take them: numbers stay numbers, all else becomes text."""
+    config: dict[str, int | float | str] = {}
+    for name, value in flags.items():
+        config[name] = value if isinstance(value, int | float) else str(value)
+    return config
+
+
+def read_starts(output_dir: str | Path) -> list[dict[str, Any]]:
+    """Return the launches of a run from run.json, oldest first; [] if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return list(json.loads(Path(output_dir, "run.json").read_text())["starts"])
     return []
 
 
-RECORDED_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+def describe_start(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what is needed to repeat this launch beside args.json: command, code, machine.
 
-
-def describe_start(accelerator, args):
-    """What repeats this start of a run, as far as it is not in args.json: the command, the code, the machine."""
-    commit = run_git("ls-files", "--error-unmatch", "svd_xtend/training/run_record.py") and run_git(
-        "rev-parse", "HEAD"
-    )
-    changes = (
-        run_git("status", "--porcelain", "--untracked-files=no", "--", ".") if commit else None
-    )
+    `commit` and `changed` are None if the code does not lie in a git checkout of its own.
+    """
+    commit = None
+    changed = None
+    if run_git("ls-files", "--error-unmatch", "svd_xtend/training/run_record.py"):
+        commit = run_git("rev-parse", "HEAD")
+    if commit:
+        changes = run_git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        changed = None if changes is None else bool(changes)
     environment = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in RECORDED_LIBRARIES:
+    for library in RECORDED_LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            environment[name] = importlib.metadata.version(name)
+            environment[library] = importlib.metadata.version(library)
     return {
-        "command": launch_command(accelerator, args), "commit": commit, "changed": None if changes is None else bool(changes),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"), "environment": environment,
-        "device": device_name(accelerator.device), "processes": accelerator.num_processes, "seed": args.seed,
-    }  # fmt: skip
+        "command": launch_command(accelerator, args),
+        "commit": commit,
+        "changed": changed,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "environment": environment,
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "seed": args.seed,
+    }
 
 
-def run_git(*words):
-    """What git says of the checkout that holds this code; None where this is none, or git is not there."""
-    words = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+def run_git(*words: str) -> str | None:
+    """Return the output of a git command in the folder of this code, or None if it fails."""
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=10)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
-def launch_command(accelerator, args):
-    """The command of this run for a shell, without the token; with the seed that was drawn and the precision that accelerate was
-    configured for. More machines than one need their addresses besides."""
-    words = [relative_path(sys.argv[0]), *without_token(sys.argv[1:])]
+def launch_command(accelerator: Accelerator, args: argparse.Namespace) -> str:
+    """Return the shell command that repeats this run.
+
+    It has the seed that was drawn and the precision that accelerate was configured for, even if the
+    user did not pass them. A run on several machines needs their addresses in addition.
+    """
+    words = [relative_path(sys.argv[0]), *sys.argv[1:]]
     for flag in ("seed", "mixed_precision"):
-        if not any(word.partition("=")[0] == f"--{flag}" for word in words):
+        is_given = any(word.partition("=")[0] == f"--{flag}" for word in words)
+        if not is_given:
             words.append(f"--{flag}={getattr(args, flag)}")
-    launcher = ["python"]
-    if (
-        accelerator.num_processes > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
-    ):  # which accelerate launch sets
-        launcher = ["accelerate", "launch", "--num_processes", str(accelerator.num_processes)]
-        launcher += ["--cpu"] * (os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
-        engine = {"FSDP": "fsdp2.yaml", "DEEPSPEED": "deepspeed_zero2.yaml"}.get(
-            accelerator.distributed_type.value
-        )
-        launcher += (
-            ["--config_file", relative_path(ROOT / "configs" / "accelerate" / engine)]
-            if engine
-            else []
-        )
-    if (
-        accelerator.distributed_type.value == "MULTI_CPU"
-    ):  # where accelerate launch would run one process, without a word
-        launcher = [
-            "ACCELERATE_USE_CPU=true",
-            "torchrun",
-            f"--nproc_per_node={accelerator.num_processes}",
-        ]
-    return shlex.join([*launcher, *words])
+    return shlex.join([*launcher_words(accelerator), *words])
 
 
-def relative_path(path):
-    """A path as one would type it in the current folder."""
-    whole = Path(path).absolute()
-    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
+def launcher_words(accelerator: Accelerator) -> list[str]:
+    """Return the words before the script: python, accelerate launch or torchrun with options."""
+    num_processes = accelerator.num_processes
+    engine = accelerator.distributed_type.value
+    if engine == "MULTI_CPU":  # accelerate launch would silently run a single process
+        return ["ACCELERATE_USE_CPU=true", "torchrun", f"--nproc_per_node={num_processes}"]
+    # accelerate launch sets this variable
+    is_launched = num_processes > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not is_launched:
+        return ["python"]
+    launcher = ["accelerate", "launch", "--num_processes", str(num_processes)]
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        launcher.append("--cpu")
+    config_files = {"FSDP": "fsdp2.yaml", "DEEPSPEED": "deepspeed_zero2.yaml"}
+    if engine in config_files:
+        config_file = ROOT / "configs" / "accelerate" / config_files[engine]
+        launcher += ["--config_file", relative_path(config_file)]
+    return launcher
 
 
-def without_token(words):
-    """Arguments of a command, but for --hub_token and its value, however argparse lets one write them."""
-    flags = [word.partition("=")[0] for word in words]
-    gone = {
-        i
-        for i, flag in enumerate(flags)
-        if len(flag) > len("--hub_") and "--hub_token".startswith(flag)
-    }
-    gone |= {i + 1 for i in gone if "=" not in words[i]}
-    return [word for i, word in enumerate(words) if i not in gone]
+def relative_path(path: str | Path) -> str:
+    """Return a path relative to the current folder, or absolute if it is outside of it."""
+    absolute = Path(path).absolute()
+    if absolute.is_relative_to(Path.cwd()):
+        return str(absolute.relative_to(Path.cwd()))
+    return str(absolute)
 
 
-def device_name(device):
-    """The name of a GPU or of the CPU, for people."""
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor if the device is a CPU."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    table = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the kind at most
-    named = re.search(r"^model name\s*: (.+)$", table.read_text(), re.M) if table.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")  # Linux only
+    if cpu_info.exists():
+        model = re.search(r"^model name\s*: (.+)$", cpu_info.read_text(), re.M)
+        if model:
+            return model[1]
+    return platform.processor() or platform.machine()
 
 
-MUST_AGREE_ON_RESUME = (
-    "rank",
-    "lora_alpha",
-    "lora_targets",
-    "use_dora",
-    "max_objects",
-    "enhancer",
-)  # must agree on resuming
-SHOULD_AGREE_ON_RESUME = (
-    "pretrained_model_name_or_path", "pretrain_unet", "base_folder", "folder_weights", "fps", "source_fps",
-    "motion_bucket_id", "buckets", "image_ratio", "validation_ratio", "validation_folder",
-    "validation_clips", "validation_seed", "width", "height", "P_mean", "P_std",
-)  # fmt: skip
+def check_resumed_args(args: argparse.Namespace) -> None:
+    """Compare the flags with args.json of the run in --output_dir that is about to resume.
 
-
-def check_resumed_args(args):
-    """Before resuming: raise where what trains has another shape than in the run in --output_dir, warn where it was told
-    something else of what it learns."""
+    Raise ValueError if the trained weights would have another shape; warn if the run would learn
+    something else.
+    """
     file = Path(args.output_dir, "args.json")
-    before = json.loads(file.read_text()) if file.exists() else {}
+    earlier_flags = json.loads(file.read_text()) if file.exists() else {}
     for name in MUST_AGREE_ON_RESUME + SHOULD_AGREE_ON_RESUME:
-        old, new = before.get(name), getattr(args, name, None)
-        if name in before and str(old) != str(new):
-            if name in MUST_AGREE_ON_RESUME:
-                raise ValueError(
-                    f"--{name} {new}: the run in {args.output_dir} has {old}; pass that, or another --output_dir"
-                )
-            logger.warning(
-                "--%s was %s in the run that this one goes on from, now it is %s", name, old, new
+        if name not in earlier_flags:
+            continue
+        earlier = earlier_flags[name]
+        value = getattr(args, name, None)
+        if str(earlier) == str(value):
+            continue
+        if name in MUST_AGREE_ON_RESUME:
+            raise ValueError(
+                f"--{name} {value}: the run in {args.output_dir} was trained with {earlier}. "
+                f"Pass {earlier} to resume it, or another --output_dir to start a new run"
             )
+        logger.warning("--%s was %s when this run started, and is %s now", name, earlier, value)
 
 
-def read_rows(file):
-    """Of a file of JSON lines those that are whole; none where it is not there."""
-    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+# --------------------------------------------------------------------------------------- JSON lines
 
 
-def format_rows(rows):
+def read_rows(file: str | Path) -> list[dict[str, Any]]:
+    """Return the complete rows of a file of JSON lines, or [] if there is no file.
+
+    A kill may have cut off the last row.
+    """
+    file = Path(file)
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+
+
+def format_rows(rows: Iterable[dict[str, Any]]) -> str:
+    """Return rows as JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def write_row(file, row):
-    """Add a row to a file of JSON lines, in place of what an earlier start said of the same step."""
-    kept = [old for old in read_rows(file) if old["step"] != row["step"]]
-    write_atomically(file, format_rows(sorted([*kept, row], key=lambda one: one["step"])))
+def write_row(file: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of JSON lines, in place of an earlier row of the same step."""
+    rows = [earlier for earlier in read_rows(file) if earlier["step"] != row["step"]]
+    rows.append(row)
+    rows.sort(key=lambda row: row["step"])
+    write_atomically(file, format_rows(rows))
 
 
 class MetricsWriter:
-    """<output_dir>/metrics.jsonl, one row a step; a resumed run drops the rows past its checkpoint, those of validations, too."""
+    """Append one row per step to <output_dir>/metrics.jsonl.
 
-    def __init__(self, output_dir, step):
+    When a run resumes, it first removes the rows after `step`, the step of its checkpoint, from
+    metrics.jsonl and from the files that validation writes.
+    """
+
+    def __init__(self, output_dir: str | Path, step: int) -> None:
         self.file = Path(output_dir, "metrics.jsonl")
-        for file in (
-            self.file,
-            self.file.with_name("held_out.jsonl"),
-            self.file.with_name("motion.jsonl"),
-        ):
+        validation_files = [
+            self.file.with_name(name) for name in ("held_out.jsonl", "motion.jsonl")
+        ]
+        for file in [self.file, *validation_files]:
             if file == self.file or file.exists():
-                write_atomically(
-                    file, format_rows(row for row in read_rows(file) if row["step"] <= step)
-                )
+                rows = [row for row in read_rows(file) if row["step"] <= step]
+                write_atomically(file, format_rows(rows))
 
-    def write(self, step, loss, lr, grad_norm, seconds, peak):
-        grad_norm = (
-            grad_norm if math.isfinite(grad_norm) else None
-        )  # fp16, skipped; JSON knows no infinity
+    def write(
+        self, step: int, loss: float, lr: float, grad_norm: float, seconds: float, peak_gib: float
+    ) -> dict[str, Any]:
+        """Append the row of one step and return it. peak_gib: GPU memory, 0 if unknown."""
         row = {
             "step": step,
             "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm,
+            # a step that fp16's gradient scaler skips has an infinite norm, which JSON cannot hold
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "s/step": round(seconds, 4),
         }
-        if peak:
-            row["peak_GiB"] = round(peak, 2)
+        if peak_gib:
+            row["peak_GiB"] = round(peak_gib, 2)
         with output_errors(self.file.parent), self.file.open("a") as f:
             f.write(json.dumps(row) + "\n")
         return row

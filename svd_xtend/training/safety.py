@@ -1,69 +1,99 @@
-"""TODO training.safety."""
+"""Stop a training run in good order: on a signal, a loss that is not finite, unreadable data."""
+
+from __future__ import annotations
 
 import atexit
 import logging
 import math
 import multiprocessing
 import signal
+from types import FrameType
+from typing import Any
 
 logger = logging.getLogger("svd_xtend")
 
+MAX_UNREADABLE_FRACTION = 0.01
+MAX_UNREADABLE_CLIPS = 2  # always allowed, however short the run is
 
-def check_finite(step, loss, grad_norm, skipped, lr, saved):
-    """Stop a run whose loss or gradient is not finite before it is saved; `skipped`: fp16's scaler saw to the gradient."""
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value) and not (skipped and name == "gradient norm"):
+
+def check_finite(
+    step: int, loss: float, grad_norm: float, skipped: bool, lr: float, saved_step: int
+) -> None:
+    """Raise FloatingPointError if the loss or the gradient norm of a step is not finite.
+
+    skipped: fp16's gradient scaler met an overflow and skipped the step, so the gradient norm may
+    be infinite. saved_step: the step of the last checkpoint, which the error names.
+    """
+    checked = {"loss": loss}
+    if not skipped:
+        checked["gradient norm"] = grad_norm
+    for name, value in checked.items():
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"step {step}: the {name} is {value} at learning rate {lr:g}. Lower --learning_rate, raise "
-                "--lr_warmup_steps, or pass --mixed_precision bf16 or no. The checkpoint of step "
-                f"{saved} is whole; the same command resumes there, with the new rate."
+                f"step {step}: the {name} is {value} at learning rate {lr:g}. Lower "
+                "--learning_rate, raise --lr_warmup_steps, or pass --mixed_precision bf16 or no. "
+                f"The checkpoint of step {saved_step} is complete; the same command resumes there, "
+                "with the new rate."
             )
 
 
-def check_unreadable_clips(failed, samples):
-    """Stop a run that cannot read more than 1 % of its samples."""
-    if failed > max(2, 0.01 * samples):
+def check_unreadable_clips(failed: float, samples: int) -> None:
+    """Raise ValueError if more than 1 % of the samples of this launch could not be read."""
+    if failed > max(MAX_UNREADABLE_CLIPS, MAX_UNREADABLE_FRACTION * samples):
         raise ValueError(
-            f"--base_folder: {failed:.0f} of {samples} clips cannot be read, over 1 %; the warnings name those of the main process. "
-            "Run prepare_data.py check on the folder: it reads every frame, and what it finds damaged is left out from then on"
+            f"--base_folder: {failed:.0f} of {samples} clips could not be read, which is more "
+            "than 1 %. The warnings above name those of the main process. Run `prepare_data.py "
+            "check` on the folder: it reads every frame, and training skips the clips that it "
+            "finds damaged"
         )
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C end the run after the step in flight; a second Ctrl-C at once."""
+    """A context in which SIGTERM and Ctrl-C only set `caught`, so that the loop can save.
 
-    def __enter__(self):
-        self.caught, self.before = False, {}
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.caught = False
+        self.previous_handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
         atexit.register(end_workers)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self.catch)
+            self.previous_handlers[number] = signal.signal(number, self.catch)
         return self
 
-    def catch(self, number, frame):
+    def catch(self, number: int, frame: FrameType | None) -> None:
+        """Handle one signal."""
         if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = True
-        logger.warning(
-            "%s: will save a checkpoint after this step and stop", signal.Signals(number).name
-        )
+        name = signal.Signals(number).name
+        logger.warning("%s: saving a checkpoint after this step, then stopping", name)
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
 
-def ignore_signals(worker_id):
-    """For loader workers: a Ctrl-C or SIGTERM meant for the run reaches them too, and must not take the batch along."""
+def ignore_signals(worker_id: int) -> None:
+    """Make a loader worker ignore SIGTERM and Ctrl-C; a `worker_init_fn`.
+
+    They reach the workers too, and the step in flight still needs its batch.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_workers():
-    """When Python ends: where an error, or a cycle of frames, has kept the loader until then, Python would wait without end for its
-    workers, which ignore the signal that it sends them."""
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # torch's handler would take it for a failure of theirs
+def end_workers() -> None:
+    """Kill loader workers that are still alive when Python exits.
+
+    A traceback or a reference cycle can keep the loader until then. Python would send its workers
+    SIGTERM, which they ignore, and wait for them forever.
+    """
+    # torch's handler of SIGCHLD would report the killed workers as a failure
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

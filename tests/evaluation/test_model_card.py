@@ -23,13 +23,10 @@ def test_push_to_hub_writes_a_card_and_leaves_checkpoints_at_home(run, monkeypat
     )
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kw: sent.update(kw))
     monkeypatch.setattr(hub_utils.ModelCard, "load", no_card)
-    out = run(
-        "--max_train_steps=1", "--train_params", "conv_out", "--push_to_hub", "--hub_token=secret"
-    )
-    assert sent["name"] == "out" and sent["token"] == "secret" and sent["repo_id"] == "me/out"
+    out = run("--max_train_steps=1", "--train_params", "conv_out", "--push_to_hub")
+    assert sent["name"] == "out" and sent["repo_id"] == "me/out"
     files = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
     uploaded = list(filter_repo_objects(files, ignore_patterns=sent["ignore_patterns"]))
     assert "README.md" in uploaded and "unet/diffusion_pytorch_model.safetensors" in uploaded
     assert not [f for f in uploaded if "checkpoint" in f]
     assert "stable-video-diffusion" in (out / "README.md").read_text()
-    assert "secret" not in (out / "args.json").read_text()
