@@ -67,7 +67,7 @@ def start(args):
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    from svd_xtend.models.loading import load_svd, move_encoders, pixel_step
+    from svd_xtend.models.loading import load_svd, move_encoders, read_size_multiple
 
     accelerator = Accelerator(
         mixed_precision=precision.check_precision(args.mixed_precision),
@@ -82,7 +82,7 @@ def start(args):
     )
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
-        step = args.buckets and pixel_step(args.pretrained_model_name_or_path, args.revision)
+        step = args.buckets and read_size_multiple(args.pretrained_model_name_or_path, args.revision)
         clips = ClipCollection(
             args.base_folder,
             ClipSpec(args.width, args.height, 1, "native", args.resize_mode),

@@ -271,9 +271,9 @@ def measure(made, true, fps, boxes, found, compared_at=None):
         true = (
             true
             if true is None
-            else np.stack([images.resize(f, *compared_at, "stretch") for f in true])
+            else np.stack([images.resize_frame(f, *compared_at, "stretch") for f in true])
         )
-        made = np.stack([images.resize(f, *compared_at, "stretch") for f in made])
+        made = np.stack([images.resize_frame(f, *compared_at, "stretch") for f in made])
     if true is not None:
         by_frame = metrics.frame_figures(made, true)
         if "lpips" in found:
@@ -574,7 +574,7 @@ def drawn_batch(width, height, num_frames, device):
     import torch
 
     frames = np.stack(
-        [images.resize(frame, width, height) for frame in synthetic_clips.make_clip(SEED).frames]
+        [images.resize_frame(frame, width, height) for frame in synthetic_clips.make_clip(SEED).frames]
     )
     frames = torch.from_numpy(frames[np.arange(num_frames) % len(frames)]).permute(0, 3, 1, 2)[None]
     told = {"fps": torch.tensor([6.0]), "motion_bucket_id": torch.tensor([180.0]), "index": [0]}

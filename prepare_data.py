@@ -250,7 +250,7 @@ def write_frames(folder, clip, numbers, fps, args):
     partial.mkdir(parents=True)
     for k, frame in enumerate(clip.iter_frames(numbers)):
         frame = (
-            images.resize(frame, args.width, args.height, args.resize_mode) if args.width else frame
+            images.resize_frame(frame, args.width, args.height, args.resize_mode) if args.width else frame
         )
         Image.fromarray(frame).save(partial / f"{k:05d}.{args.format}", quality=95)
     text = clip.path.with_suffix(".txt")

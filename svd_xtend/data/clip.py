@@ -100,7 +100,7 @@ class Clip:
             )
         else:
             found = images.retry_io(lambda _: list(self.iter_frames(numbers)), self.path)
-            frames = (images.resize(frame, width, height, resize_mode) for frame in found)
+            frames = (images.resize_frame(frame, width, height, resize_mode) for frame in found)
         return np.stack(list(frames))
 
     def chunk_readers(self, width, height, resize_mode, length):
@@ -113,7 +113,7 @@ class Clip:
         frames = self.iter_frames(numbers)
 
         def go_on(part):
-            return np.stack([images.resize(next(frames), width, height, resize_mode) for _ in part])
+            return np.stack([images.resize_frame(next(frames), width, height, resize_mode) for _ in part])
 
         return [partial(go_on, part) for part in parts]
 
@@ -154,7 +154,7 @@ def load_picture(path, width=None, height=None, resize_mode="crop"):
     if not video_decode.is_video(path):
         return images.load_image(path, width, height, resize_mode)
     frame = next(iter(video_decode.read_frames(path, np.zeros(1), [0])))
-    return Image.fromarray(images.resize(frame, width, height, resize_mode) if width else frame)
+    return Image.fromarray(images.resize_frame(frame, width, height, resize_mode) if width else frame)
 
 
 def find_continuation(path, base_folders, rate):

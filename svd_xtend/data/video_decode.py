@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +90,6 @@ def open_video(path: str | os.PathLike) -> tuple[InputContainer, VideoStream]:
     import av
 
     with errors_name_path(path, "cannot be opened as a video"):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block forever
-            raise ValueError(f"{path}: is not a regular file")
         allowed_codecs = av.codecs_available - CODECS_DISABLED_WHILE_OPENING
         options = {"skip_frame": "all", "codec_whitelist": ",".join(sorted(allowed_codecs))}
         # These options apply only while the file is opened, not to later decoding.
@@ -129,7 +126,7 @@ def errors_name_path(path: str | os.PathLike, problem: str) -> Iterator[None]:
     try:
         yield
     except (av.error.FFmpegError, OSError) as error:
-        if is_transient(error) and error.errno != errno.EIO:
+        if is_transient(error.errno) and error.errno != errno.EIO:
             raise
         raise ValueError(f"{path}: {problem} ({error.strerror or error})") from error
 

@@ -301,7 +301,7 @@ def test_a_file_system_that_stays_away_stops_the_run_instead_of_changing_what_it
     waits = stutter(errno.ETIMEDOUT, 1000)
     with pytest.raises(
         images.UnreachableError,
-        match=r"\.png: Connection timed out, for 31.5 s. When it can be reached, the same",
+        match=r"\.png: Connection timed out, for 31.5 s. Run the same command",
     ):
         dataset(tmp_path)[0]
     assert sum(waits) == 31.5
