@@ -63,13 +63,13 @@ class Scenes:
 def look_at_all(clip, keys):
     """In place of Clip.measure_motion: {motions, cuts}, every frame decoded; ValueError where one is damaged."""
     scenes, kept = Scenes(clip.rate), {}
-    needed = set(np.concatenate(motion.frame_runs(len(clip), clip.rate, keys)).tolist())
+    needed = set(np.concatenate(motion.select_frame_runs(len(clip), clip.rate, keys)).tolist())
     for number, frame in enumerate(clip.iter_small_frames(range(len(clip)))):
         small = motion.shrink_frame(frame)
         scenes.add(small)
         if number in needed:
             kept[number] = small
-    score = motion.clip_motion(
+    score = motion.clip_motion_score(
         lambda run: [kept[n] for n in run.tolist()], len(clip), clip.rate, keys
     )
     return {"motions": score, "cuts": scenes.found()}
@@ -148,7 +148,7 @@ def draw(file, rows, folder):
     figure = Figure((11, 6.5), layout="constrained")
     (top, seconds), (rates, sizes) = figure.subplots(2, 2)
     figure.suptitle(f"{folder}: {len(rows)} clips")
-    motion.draw_motion(top, [row["motion"] for row in rows])
+    motion.draw_motion_histogram(top, [row["motion"] for row in rows])
     for axes, title, values in (
         (seconds, "seconds", [row["frames"] / row["fps"] for row in rows]),
         (rates, "frames a second", [row["fps"] for row in rows]),

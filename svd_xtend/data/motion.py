@@ -1,126 +1,200 @@
-"""How much moves in a clip, the motion_bucket_id that follows from it, and whether a model's clips still move.
+"""Measure how much moves in a clip, and derive its motion_bucket_id.
 
-    score(frames, seconds)      how fast what moves fastest moves, by optical flow: picture lengths a second
-    buckets(scores)             1 to 255 by rank: the stillest clip of a data set, the median at 128, the liveliest
+    score = motion_score(frames, 1 / fps)     # picture lengths per second, by optical flow
+    bucket_ids = motion_buckets(scores)       # 1 to 255 by rank; the median of a data set gets 128
 
-The score is the mean speed of the fastest twentieth of all pixels, not of all: a bird that crosses the sky moves, though most of the
-picture stands still. 1 is the picture's longer side in one second. SVD's own measure was never published.
+The score is the mean speed of the fastest 5 % of the pixels, so that a bird that crosses an
+unmoving sky counts as motion. A score of 1 means the longer side of the picture in one second. The
+measure behind SVD's own motion_bucket_id was never published.
 """
 
+from __future__ import annotations
+
 import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL import Image
 
 logger = logging.getLogger("svd_xtend")
 
-FLOW_SIDE = 128  # pixels of the longer side at which flow is computed: faster, and blind to grain
-FASTEST = 20  # one in so many pixels counts
-PAIRS, SPOTS = 8, 4  # pairs of frames that are looked at in a clip, and places of a long one
-EVERY = 1 / 8  # seconds between the frames of a pair, about
-BLUE, ORANGE = "#5584e6", "#e2702c"
-COLLAPSED = 1 / 3  # of what the true clips move
+FLOW_SIDE = (
+    128  # pixels of the longer side at which flow is computed: fast, and insensitive to grain
+)
+MIN_FLOW_SIDE = 16  # pixels; optical flow needs some
+FASTEST_DIVISOR = 20  # one in so many pixels, the fastest ones, counts
+MAX_PAIRS = 8  # pairs of frames that are compared in a clip
+MAX_PLACES = 4  # places of a long clip from which the pairs are taken
+PAIR_INTERVAL = 1 / 8  # seconds between the frames of a pair, about
+COLLAPSE_RATIO = 1 / 3  # of the ground truth's motion, below which a model's motion has collapsed
+BLUE = "#5584e6"
+ORANGE = "#e2702c"
 
 
-def shrink_frame(frame):
-    """(h, w, 3) uint8, its longer side LENGTH pixels."""
+# ----------------------------------------------------------------------------------------- scores
+
+
+def shrink_frame(frame: np.ndarray) -> np.ndarray:
+    """Resize a frame (h, w, 3) uint8 so that its longer side has FLOW_SIDE pixels."""
     import cv2
 
-    h, w = frame.shape[:2]
-    k = FLOW_SIDE / max(h, w)
-    size = max(round(w * k), 16), max(round(h * k), 16)  # flow needs some pixels
-    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC)
+    height, width = frame.shape[:2]
+    scale = FLOW_SIDE / max(height, width)
+    small_width = max(round(width * scale), MIN_FLOW_SIDE)
+    small_height = max(round(height * scale), MIN_FLOW_SIDE)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return cv2.resize(frame, (small_width, small_height), interpolation=interpolation)
 
 
-def optical_flow(before, after):
-    """Optical flow between two small grey frames (Kroeger et al. 2016, by OpenCV): the mean length, in picture lengths, over
-    the fastest twentieth of the pixels."""
+def fastest_motion(before: np.ndarray, after: np.ndarray) -> float:
+    """Return how far the fastest 5 % of the pixels move between two grey frames (h, w) uint8.
+
+    The unit is the longer side of the picture. Optical flow: Kroeger et al. 2016, as implemented in
+    OpenCV.
+    """
     import cv2
 
-    way = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST).calc(before, after, None)
-    far = np.linalg.norm(way, axis=-1).ravel()
-    count = max(len(far) // FASTEST, 1)
-    return float(np.partition(far, -count)[-count:].mean() / max(before.shape))
+    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+    flow = estimator.calc(before, after, None)  # type: ignore[call-overload]
+    distances = np.linalg.norm(flow, axis=-1).ravel()
+    count = max(len(distances) // FASTEST_DIVISOR, 1)
+    fastest = np.partition(distances, -count)[-count:]
+    return float(fastest.mean() / max(before.shape))
 
 
-def motion_score(frames, seconds):
-    """Motion of frames (f, h, w, 3) uint8, or PIL images of one size, that are `seconds` apart: picture lengths a second."""
+def motion_score(frames: Iterable[np.ndarray | Image.Image], frame_interval: float) -> float:
+    """Return the motion of a clip in picture lengths per second.
+
+    frames: (h, w, 3) uint8 arrays or PIL images of one size. frame_interval: seconds from one frame
+    to the next. A single frame has no motion.
+    """
     import cv2
 
-    small = [cv2.cvtColor(shrink_frame(np.asarray(frame)), cv2.COLOR_RGB2GRAY) for frame in frames]
-    return (
-        float(np.mean([optical_flow(a, b) for a, b in zip(small, small[1:])])) / seconds
-        if len(small) > 1
-        else 0.0
-    )
-
-
-def frame_runs(count, rate, keys=(0,)):
-    """Which frames of a clip to look at: lists of numbers, equally far apart within a list. All of a short clip; of a long one
-    SPOTS places, each from a keyframe (`keys`) on, where there are some, so that little else is decoded."""
-    step = min(max(round(rate * EVERY), 1), max(count - 1, 1))
-    if count <= PAIRS * step + 1:
-        return [np.arange(0, count, step)]
-    each = PAIRS // SPOTS
-    starts = np.linspace(0, count - 1 - each * step, SPOTS).round().astype(int)
-    keys = np.asarray(keys)
-    keys = keys[keys <= starts[-1]]
-    starts = keys[np.searchsorted(keys, starts, side="right") - 1] if len(keys) else starts
-    return [start + step * np.arange(each + 1) for start in np.unique(starts)]
-
-
-def clip_motion(read, count, rate, keys=(0,)):
-    """Score of a clip of `count` frames at `rate` a second. read(numbers): yields these, (h, w, 3) uint8."""
-    scores = [
-        motion_score(read(run), (run[1] - run[0]) / rate)
-        for run in frame_runs(count, rate, keys)
-        if len(run) > 1
+    grey_frames = []
+    for frame in frames:
+        small = shrink_frame(np.asarray(frame))
+        grey_frames.append(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
+    if len(grey_frames) < 2:
+        return 0.0
+    distances = [
+        fastest_motion(before, after) for before, after in zip(grey_frames, grey_frames[1:])
     ]
-    return float(np.mean(scores)) if scores else 0.0
+    return float(np.mean(distances)) / frame_interval
 
 
-def motion_buckets(scores):
-    """motion_bucket_id of each of `scores`, 1 to 255 by rank among them; equal ones share the mean of their ranks."""
+def select_frame_runs(
+    num_frames: int, rate: float, keyframes: ArrayLike = (0,)
+) -> list[np.ndarray]:
+    """Select the frames of a clip that are compared: runs of frame indices, evenly spaced in a run.
+
+    rate: frames per second. A short clip gives one run over all of it. A long clip gives runs from
+    up to MAX_PLACES places, each beginning at a keyframe so that few other frames must be decoded;
+    without keyframes, the places are spread evenly.
+    """
+    step = min(max(round(rate * PAIR_INTERVAL), 1), max(num_frames - 1, 1))
+    if num_frames <= MAX_PAIRS * step + 1:
+        return [np.arange(0, num_frames, step)]
+    pairs_per_run = MAX_PAIRS // MAX_PLACES
+    last_start = num_frames - 1 - pairs_per_run * step
+    starts = np.linspace(0, last_start, MAX_PLACES).round().astype(int)
+    usable = np.asarray(keyframes)
+    usable = usable[usable <= starts[-1]]
+    if len(usable):
+        starts = usable[np.searchsorted(usable, starts, side="right") - 1]
+    return [start + step * np.arange(pairs_per_run + 1) for start in np.unique(starts)]
+
+
+def clip_motion_score(
+    read_frames: Callable[[np.ndarray], Iterable[np.ndarray]],
+    num_frames: int,
+    rate: float,
+    keyframes: ArrayLike = (0,),
+) -> float:
+    """Return the motion score of a clip, from the frames that `select_frame_runs` selects.
+
+    read_frames(frame_indices): yields these frames, (h, w, 3) uint8. rate: frames per second.
+    """
+    scores = []
+    for run in select_frame_runs(num_frames, rate, keyframes):
+        if len(run) > 1:
+            frame_interval = (run[1] - run[0]) / rate
+            scores.append(motion_score(read_frames(run), frame_interval))
+    if not scores:
+        return 0.0
+    return float(np.mean(scores))
+
+
+def motion_buckets(scores: ArrayLike) -> np.ndarray:
+    """Return the motion_bucket_id of each score, 1 to 255 by its rank; equal scores share a mean
+    rank."""
     scores = np.asarray(scores, np.float64)
-    order = np.sort(scores)
-    rank = (np.searchsorted(order, scores) + np.searchsorted(order, scores, side="right")) / 2
+    ordered = np.sort(scores)
+    num_below = np.searchsorted(ordered, scores)
+    num_up_to = np.searchsorted(ordered, scores, side="right")
+    rank = (num_below + num_up_to) / 2
     return 1 + 254 * rank / max(len(scores), 1)
 
 
-def draw_motion(axes, scores):
-    """How motion is distributed over a data set, and the bucket that a score gets, into a plot's axes."""
+# ------------------------------------------------------------------------------------------ plots
+
+
+def draw_motion_histogram(axes: Axes, scores: ArrayLike) -> None:
+    """Draw the distribution of motion scores, and the bucket that each score gets, into a plot."""
     scores = np.asarray(scores, np.float64)
-    axes.hist(scores, bins=min(60, max(10, len(scores) // 5)), color=BLUE)
-    axes.set(xlabel="motion, picture lengths a second", ylabel="clips")
-    other, ranked = axes.twinx(), np.argsort(scores)
-    other.plot(scores[ranked], motion_buckets(scores)[ranked], color=ORANGE, lw=2)
-    other.set_ylabel("motion_bucket_id", color=ORANGE)
-    other.set(ylim=(0, 256), yticks=[1, 64, 128, 192, 255])
+    num_bins = min(60, max(10, len(scores) // 5))
+    axes.hist(scores, bins=num_bins, color=BLUE)
+    axes.set(xlabel="motion, picture lengths per second", ylabel="clips")
+    bucket_axes = axes.twinx()
+    order = np.argsort(scores)
+    bucket_axes.plot(scores[order], motion_buckets(scores)[order], color=ORANGE, lw=2)
+    bucket_axes.set_ylabel("motion_bucket_id", color=ORANGE)
+    bucket_axes.set(ylim=(0, 256), yticks=[1, 64, 128, 192, 255])
 
 
-def plot_motion(file, scores, title):
-    """A picture of it."""
+def plot_motion(file: str | os.PathLike, scores: ArrayLike, title: str) -> None:
+    """Write a picture of the distribution of motion scores."""
     from matplotlib.figure import Figure
 
     figure = Figure((7, 3.2), layout="constrained")
     axes = figure.add_subplot(title=title)
-    draw_motion(axes, scores)
+    draw_motion_histogram(axes, scores)
     figure.savefig(file, dpi=110)
 
 
-def compare_motion(step, rows):
-    """What moves in the clips of a validation beside what moves in the true ones: (the row of <output_dir>/motion.jsonl, the
-    means, to log); warns where the model has stopped moving. rows: [(name, generated, true score or None)]."""
-    generated, true = (
-        float(np.mean([g for _, g, _ in rows])),
-        [t for *_, t in rows if t is not None],
-    )
-    told = {"motion": generated, **({"motion_truth": float(np.mean(true))} if true else {})}
-    paired = [(g, t) for _, g, t in rows if t is not None]
-    if paired and sum(g for g, _ in paired) < COLLAPSED * sum(t for _, t in paired):
-        logger.warning(
-            "step %d: motion collapses: the rendered clips move %.3g picture lengths a second, the true ones %.3g. Look at them; "
-            "lower --learning_rate, check fps and motion_bucket_id of the data (prepare_data.py check)", step,
-            np.mean([g for g, _ in paired]), told["motion_truth"],
-        )  # fmt: skip
-    clips = {name: {"motion": g, "motion_truth": t} for name, g, t in rows}
-    return {"step": step, **told, "clips": clips}, told
+# ------------------------------------------------------------------------------------- validation
+
+
+def compare_motion(
+    step: int, rows: Sequence[tuple[str, float, float | None]]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Compare the motion of rendered validation clips with the ground truth.
+
+    rows: (name, motion of the rendered clip, motion of the ground truth or None) of each clip, in
+    picture lengths per second. Warns if the rendered clips move less than COLLAPSE_RATIO of the
+    ground truth.
+
+    Returns the row for <output_dir>/motion.jsonl, and the means to log.
+    """
+    means = {"motion": float(np.mean([rendered for _, rendered, _ in rows]))}
+    clips = {name: {"motion": rendered, "motion_truth": true} for name, rendered, true in rows}
+    compared = [(rendered, true) for _, rendered, true in rows if true is not None]
+    if compared:
+        rendered_motions = [rendered for rendered, _ in compared]
+        true_motions = [true for _, true in compared]
+        means["motion_truth"] = float(np.mean(true_motions))
+        if sum(rendered_motions) < COLLAPSE_RATIO * sum(true_motions):
+            logger.warning(
+                "step %d: motion collapses: the rendered clips move %.3g picture lengths per "
+                "second, the ground truth %.3g. Look at the clips. Lower --learning_rate, and "
+                "check fps and motion_bucket_id of the data with prepare_data.py check.",
+                step,
+                np.mean(rendered_motions),
+                means["motion_truth"],
+            )
+    return {"step": step, **means, "clips": clips}, means

@@ -116,7 +116,7 @@ def test_half_the_rate_is_every_second_frame_and_windows_end_in_time():
     assert clip.frame_indices(1, 5, 12).tolist() == [1, 3, 5, 7, 9]
     assert clip.frame_indices(0, 5, 7).tolist() == [0, 3, 7, 10, 14]  # 24 / 7 = 3.43 frames apart
     assert clip.num_starts(5, 12) == 32 and clip.frame_indices(31, 5, 12)[-1] == 39
-    with pytest.raises(ValueError, match="^a: 1.62 s are too short for 14 frames at 7 a second"):
+    with pytest.raises(ValueError, match="^a: 1.62 s are too short for 14 frames at 7 fps"):
         clip.num_starts(14, 7)
 
 
@@ -495,10 +495,10 @@ def test_clips_have_the_bucket_of_their_rank_but_what_they_tell_wins(tmp_path):
 
 
 def test_long_clips_are_looked_at_in_some_places_from_keyframes_on():
-    runs = motion.frame_runs(5000, 25, keys=range(0, 5000, 250))
-    assert len(runs) == motion.SPOTS and all(run[0] % 250 == 0 and len(run) == 3 for run in runs)
-    assert [run.tolist() for run in motion.frame_runs(9, 7)] == [list(range(9))]
-    assert motion.frame_runs(1, 25)[0].tolist() == [0]
+    runs = motion.select_frame_runs(5000, 25, keyframes=range(0, 5000, 250))
+    assert len(runs) == motion.MAX_PLACES and all(run[0] % 250 == 0 and len(run) == 3 for run in runs)
+    assert [run.tolist() for run in motion.select_frame_runs(9, 7)] == [list(range(9))]
+    assert motion.select_frame_runs(1, 25)[0].tolist() == [0]
 
 
 def test_validation_measures_motion_and_warns_where_it_collapses(
