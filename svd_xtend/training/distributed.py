@@ -33,7 +33,7 @@ ZERO_STATES = ("exp_avg", "exp_avg_sq")  # of DeepSpeed's flat optimizer
 
 
 def create_accelerator(args):
-    """The Accelerator of this process; settles args.mixed_precision. From here on all processes fail together."""
+    """The Accelerator of this process; args.mixed_precision is resolved. From here on all processes fail together."""
     from datetime import timedelta
 
     from accelerate import (
@@ -43,7 +43,6 @@ def create_accelerator(args):
         InitProcessGroupKwargs,
     )
 
-    args.mixed_precision = precision.check_precision(args.mixed_precision)
     accelerator = Accelerator(
         # layers compute in half precision by themselves, see fast_unet.compute_in: accelerate is to see to fp16's scaler
         mixed_precision="fp16" if args.mixed_precision == "fp16" else "no",

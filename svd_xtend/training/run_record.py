@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,13 @@ def output_errors(output_dir: str | Path) -> Iterator[None]:
         ) from error
 
 
+def to_json(value: object) -> object:
+    """Return a flag's value as JSON can hold it: a dataclass as an object, anything else as text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Write a file of an --output_dir so that a kill leaves either the old or the new content."""
     partial = file.with_name(f"{file.name}.partial")
@@ -96,7 +104,7 @@ def record_run(accelerator: Accelerator, args: argparse.Namespace, clips: ClipCo
         if args.motion_bucket_id == "auto" and len(clips.scores):
             title = f"motion of {len(clips.scores)} clips"
             motion.plot_motion(output_dir / "motion.png", clips.scores, title)
-    write_atomically(output_dir / "args.json", json.dumps(flags, indent=1, default=str))
+    write_atomically(output_dir / "args.json", json.dumps(flags, indent=1, default=to_json))
     starts = [*read_starts(output_dir), describe_start(accelerator, args)]
     write_atomically(output_dir / "run.json", json.dumps({"starts": starts}, indent=1))
     if args.report_to != "none":
