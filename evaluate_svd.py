@@ -1,28 +1,39 @@
-"""Did it learn? A fine-tuned SVD beside its base on clips that neither was trained on; and does training do what inference does?
+"""Evaluate a fine-tuned SVD beside its base model on a validation set, or check that training agrees with inference.
 
-    python evaluate_svd.py --tuned outputs/lora                                  # as that run was told: its held-out clips, its size
-    python evaluate_svd.py --tuned outputs/svd/checkpoint-1000 --ema --validation_folder data/held_out
+    python evaluate_svd.py --tuned outputs/lora      # with the validation set, size and precision of that run
+    python evaluate_svd.py --parity                  # compare the trainer with the stock pipeline, tensor by tensor
+
+    python evaluate_svd.py --tuned outputs/svd/checkpoint-1000 --ema --validation_folder data/validation
     python evaluate_svd.py --tuned outputs/tracklet/stage3 --protocol ctrl-v --validation_folder data/kitti_test
-    python evaluate_svd.py --parity --pretrained_model_name_or_path /path/to/weight    # first of all, with a model or diffusers new to you
+    python evaluate_svd.py --parity --pretrained_model_name_or_path /path/to/weight
 
---tuned takes what any trainer wrote: a full SVD, a LoRA, box control, a checkpoint of these. Several processes (accelerate launch)
-share the clips. Next: svd_xtend/held_out.py, svd_xtend/metrics.py.
+--tuned takes what any trainer writes: a full SVD, a LoRA, box control, or a checkpoint of one of these. It
+writes evaluation.json, plots and a comparison of the videos into --output_dir, and prints a table. With
+`accelerate launch`, several processes share the clips.
+
+Run --parity first for a base model or a version of diffusers that you have not used before.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import train_svd
 import train_svd_tracklet
 from svd_xtend.data import images, split, tracklets
+from svd_xtend.data.clip import Clip
 from svd_xtend.demo import synthetic_clips
 from svd_xtend.evaluation import metrics, report
 from svd_xtend.inference import video_writer
@@ -31,28 +42,88 @@ from svd_xtend.models import loading, precision, unet_optimizations
 from svd_xtend.models.lora import LORA_FILE, load_lora
 from svd_xtend.training import checkpoints, distributed, flag_types, run_record, validation_loss
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from diffusers import StableVideoDiffusionPipeline
+    from PIL import Image
+    from torch import nn
+
+    from svd_xtend.data.tracklets import Tracklets
+
 logger = logging.getLogger("svd_xtend")
 
-# Ctrl-V (arXiv 2406.05630): 25 frames of 512x320, 30 sampling steps, told 7 frames a second and bucket 127; frame 0 counts, and
-# pictures are compared at 410x256
+
+@dataclass(frozen=True)
+class Protocol:
+    """A published evaluation."""
+
+    options: dict[str, Any]  # flags
+    comparison_size: tuple[int, int]  # (width, height) at which frames are compared; frame 0 counts
+
+
 PROTOCOLS = {
-    "ctrl-v": dict(
-        num_clips=200, num_frames=25, width=512, height=320, num_inference_steps=30, fps=7.0, motion_bucket_id=127.0, buckets=False,
+    "ctrl-v": Protocol(  # arXiv 2406.05630
+        options={
+            "num_clips": 200,
+            "num_frames": 25,
+            "width": 512,
+            "height": 320,
+            "num_inference_steps": 30,
+            "fps": 7.0,
+            "motion_bucket_id": 127.0,
+            "buckets": False,
+        },
+        comparison_size=(410, 256),
     )
-}  # fmt: skip
-COMPARED_AT = {"ctrl-v": (410, 256)}
-PARITY = dict(width=128, height=64)  # which does not depend on the size
-# clips and boxes as they are, but for what a run was told
-PLAIN = dict(draw_boxes="no", soft_boxes=0.0, box_dropout=0.0)
-SHOWN = 4  # clips in the comparison
+}
+PARITY_SIZE = {"width": 128, "height": 64}  # pixels; parity does not depend on the size
+# Evaluate clips and boxes unchanged, unless the run says otherwise.
+NO_BOX_AUGMENTATION = {"draw_boxes": "no", "soft_boxes": 0.0, "box_dropout": 0.0}
+NUM_COMPARISON_CLIPS = 4  # rows of comparison.gif
+MIN_FRAMES = 2  # frame 0 is given
 
 
-# --------------------------------------------------------------------------------------------------------- what is compared
+# ------------------------------------------------------------------------------------------------------------ options
 
 
-def run_of(tuned):
-    """What the run that wrote `tuned`, an --output_dir, a file or a checkpoint in it, was told; {} where that is not known."""
-    for file in (Path(tuned, "args.json"), Path(tuned).absolute().parent / "args.json"):
+def resolve_args(flags: argparse.Namespace) -> argparse.Namespace:
+    """Return all options of the evaluation, those of a trainer included.
+
+    Each of these overrides the ones before it: the trainers' defaults, the flags of the run that wrote
+    --tuned, --protocol, the command line.
+
+    Raises:
+        ValueError: an option has an impossible value, or a path does not exist.
+    """
+    if flags.tuned and not Path(flags.tuned).exists():
+        raise ValueError(f"--tuned {flags.tuned}: no such file or folder")
+    run = read_run_args(flags.tuned)
+    options = merge_options(flags, run)
+    options["box_control"] = has_box_control(flags.tuned, run)
+    options["mixed_precision"] = choose_precision(flags.mixed_precision, run.get("mixed_precision"))
+    P_mean, P_std = train_svd.default_P(options["width"], options["height"])
+    if options["P_mean"] is None:
+        options["P_mean"] = P_mean
+    if options["P_std"] is None:
+        options["P_std"] = P_std
+    options |= choose_clip_options(options, flags, run)
+    if not flags.output_dir:
+        options["output_dir"] = str(default_output_dir(flags.tuned, flags.ema))
+    args = argparse.Namespace(**options)
+    check_args(args)
+    return args
+
+
+def read_run_args(tuned: str | None) -> dict[str, Any]:
+    """Return the flags of the run that wrote --tuned, an output folder, a file or a checkpoint in it.
+
+    Returns {} without --tuned, or if there is no args.json. Raises ValueError if it is damaged.
+    """
+    if not tuned:
+        return {}
+    for folder in (Path(tuned), Path(tuned).absolute().parent):
+        file = folder / "args.json"
         if file.is_file():
             try:
                 return dict(json.loads(file.read_text()))
@@ -61,106 +132,162 @@ def run_of(tuned):
     return {}
 
 
-def settle(flags):
-    """All flags of a trainer: the defaults, over them what the run of --tuned was told, the protocol, and `flags`."""
-    if flags.tuned and not Path(flags.tuned).exists():
-        raise ValueError(f"--tuned {flags.tuned}: not there")
-    run = run_of(flags.tuned) if flags.tuned else {}
-    args = vars(train_svd_tracklet.script_parser().parse_args([])) | PLAIN
-    args |= {
-        name: value for name, value in run.items() if name not in ("output_dir", "validation_image")
-    }
-    args |= {
-        "num_clips": args["validation_clips"],
-        **PROTOCOLS.get(flags.protocol, PARITY if flags.parity else {}),
-    }
-    args |= {
-        name: value for name, value in vars(flags).items() if value is not None or name not in args
-    }
-    args["box_control"] = "stage" in run or bool(
-        flags.tuned and Path(flags.tuned, loading.BOX_CONTROL_FILE).is_file()
-    )
-    for name, value in zip(("P_mean", "P_std"), train_svd.default_P(args["width"], args["height"])):
-        args[name] = value if args[name] is None else args[name]
-    args["mixed_precision"] = choose_precision(flags.mixed_precision, run.get("mixed_precision"))
-    args["validation_ratio"] = 0.0 if flags.validation_folder else args["validation_ratio"]
-    args["trained_with"] = run.get("num_frames"), run.get("fps")
-    gone = [folder for folder in args["base_folder"] if not Path(folder).is_dir()]
-    if args["validation_folder"] and (gone or not run):
-        args["base_folder"], args["trained_with"] = args["validation_folder"], (None, None)
-        if gone and run and args["motion_bucket_id"] == "auto":
-            told = "--base_folder %s of the run is not here: motion_bucket_id is by rank among the held-out clips"
-            logger.warning(told, gone[0])
-    args |= dict(latent_cache=None, folder_weights=None, image_ratio=0.0, per_gpu_batch_size=1)
-    args |= dict(validation_clips=args["num_clips"], validation_steps=1)
-    args["output_dir"] = flags.output_dir or str(evaluation_folder(flags.tuned, flags.ema))
-    args = argparse.Namespace(**args)
-    check(args)
-    return args
+def merge_options(flags: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any]:
+    """Merge the trainers' defaults, a run's flags, the protocol and the command line, in this order."""
+    options = vars(train_svd_tracklet.script_parser().parse_args([])) | NO_BOX_AUGMENTATION
+    for name, value in run.items():
+        if name not in ("output_dir", "validation_image"):
+            options[name] = value
+    options["num_clips"] = options["validation_clips"]
+    if flags.protocol:
+        options |= PROTOCOLS[flags.protocol].options
+    elif flags.parity:
+        options |= PARITY_SIZE
+    for name, value in vars(flags).items():
+        if value is not None or name not in options:
+            options[name] = value
+    return options
 
 
-def evaluation_folder(tuned, ema):
-    """evaluation/ in a run's folder, where report.html finds it, or beside a LoRA file; of a checkpoint evaluation/checkpoint-1000."""
-    tuned = Path(tuned or "outputs")
-    if (tuned / checkpoints.TRAINED_FILE).is_file():
-        return tuned.absolute().parent / "evaluation" / f"{tuned.absolute().name}{'-ema' * ema}"
-    return (tuned.parent if tuned.is_file() else tuned) / "evaluation"
+def has_box_control(tuned: str | None, run: dict[str, Any]) -> bool:
+    """Return whether --tuned was trained by train_svd_tracklet.py, the only trainer with --stage."""
+    if "stage" in run:
+        return True
+    return tuned is not None and Path(tuned, loading.BOX_CONTROL_FILE).is_file()
 
 
-def step_of(tuned):
-    """How many steps a checkpoint, or what a run wrote at its end, was trained; None where that is not known."""
-    if tuned and Path(tuned, checkpoints.TRAINED_FILE).is_file():
-        return checkpoints.read_progress(tuned)["step"]
-    rows = run_record.read_rows(Path(tuned, "metrics.jsonl")) if tuned else []
-    return rows[-1]["step"] if rows else None
+def choose_precision(requested: str | None, trained: str | None) -> str:
+    """Return the requested precision, or that of the run if this machine has it, or the best it has.
 
-
-def choose_precision(asked, trained):
-    """What to compute in: as asked, or as the run did where this machine can, or the best that it has."""
+    Raises ValueError if this machine does not have the requested one.
+    """
+    if requested:
+        return precision.check_precision(requested)
     try:
-        return precision.check_precision(asked or trained or precision.best_precision())
+        return precision.check_precision(trained or precision.best_precision())
     except ValueError:
-        if asked:
-            raise
         return precision.best_precision()
 
 
-def check(args):
-    """Raise where a flag, or what the run of --tuned was told in its place, cannot be."""
-    least = {
-        "num_clips": 1,
-        "num_frames": 2,
-        "num_inference_steps": 1,
-        "decode_chunk_size": 1,
-        "vae_encode_chunk": 1,
+def choose_clip_options(
+    options: dict[str, Any], flags: argparse.Namespace, run: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the options that decide which clips are evaluated, and which training clips they are compared with.
+
+    The training clips are needed to exclude them from the validation set, and to rank its motion as the
+    run did. If they are unknown or deleted, the validation set is ranked by itself.
+    """
+    chosen: dict[str, Any] = {
+        "validation_clips": options["num_clips"],
+        "validation_steps": 1,  # anything but 0: there is a validation set
+        "trained_with": (run.get("num_frames"), run.get("fps")),
+        # what a run does to its training clips does not concern the validation set
+        "latent_cache": None,
+        "folder_weights": None,
+        "image_ratio": 0.0,
+        "per_gpu_batch_size": 1,
     }
-    if wrong := flag_types.find_wrong_number(args, least):
-        raise ValueError(wrong)
+    if flags.validation_folder:
+        chosen["validation_ratio"] = 0.0
+    missing = [folder for folder in options["base_folder"] if not Path(folder).is_dir()]
+    if options["validation_folder"] and (missing or not run):
+        chosen["base_folder"] = options["validation_folder"]
+        chosen["trained_with"] = (None, None)
+        if missing and run and options["motion_bucket_id"] == "auto":
+            logger.warning(
+                "--base_folder %s of the run does not exist: motion_bucket_id is the rank of a clip's "
+                "motion in the validation set, not among the training clips",
+                missing[0],
+            )
+    return chosen
+
+
+def default_output_dir(tuned: str | None, ema: bool) -> Path:
+    """Return evaluation/ in the folder of the run, where report.html finds it.
+
+    The evaluation of a checkpoint goes into a folder of its own, evaluation/checkpoint-1000 or
+    evaluation/checkpoint-1000-ema, that --checkpoints_total_limit does not delete.
+    """
+    folder = Path(tuned or "outputs")
+    if (folder / checkpoints.TRAINED_FILE).is_file():
+        name = folder.absolute().name
+        if ema:
+            name += "-ema"
+        return folder.absolute().parent / "evaluation" / name
+    if folder.is_file():
+        folder = folder.parent
+    return folder / "evaluation"
+
+
+def read_trained_step(tuned: str | None) -> int | None:
+    """Return the number of optimizer steps of a checkpoint or of a finished run; None if unknown."""
+    if not tuned:
+        return None
+    if Path(tuned, checkpoints.TRAINED_FILE).is_file():
+        return checkpoints.read_progress(tuned)["step"]
+    rows = run_record.read_rows(Path(tuned, "metrics.jsonl"))
+    return rows[-1]["step"] if rows else None
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError if options do not fit together, or a folder of clips does not exist."""
+    if args.num_frames is not None and args.num_frames < MIN_FRAMES:
+        raise ValueError(
+            f"--num_frames {args.num_frames}: expected {MIN_FRAMES} or more, since frame 0 is given"
+        )
     if args.ema and not Path(args.tuned or "", checkpoints.TRAINED_FILE).is_file():
-        raise ValueError("--ema: averages are in checkpoints; pass --tuned .../checkpoint-...")
+        raise ValueError(
+            "--ema: only checkpoints have EMA weights; pass --tuned .../checkpoint-..."
+        )
     if args.parity:
         return
     if not args.validation_folder and not args.validation_ratio:
-        raise ValueError("--validation_folder: pass a folder of clips that nothing was trained on")
+        raise ValueError("--validation_folder: pass a folder of clips that were not trained on")
     for folder in args.validation_folder or args.base_folder:
-        if not Path(folder).is_dir():
-            whose = (
-                ""
-                if args.validation_folder
-                else f"; --tuned {args.tuned} has held out a part of it"
-            )
-            raise ValueError(
-                f"--validation_folder {folder}: no such folder{whose}. Pass one of clips that nothing trained on"
-            )
+        if Path(folder).is_dir():
+            continue
+        message = f"--validation_folder {folder}: no such folder"
+        if not args.validation_folder:
+            message += f"; the validation set of --tuned {args.tuned} is a part of it"
+        raise ValueError(f"{message}. Pass a folder of clips that were not trained on")
 
 
-# ------------------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------------------------- models
 
 
-def tune(unet, args):
-    """Put into `unet` what --tuned holds, but for a whole UNet; returns the model, which where it is box control takes boxes."""
+def load_model(
+    args: argparse.Namespace, tuned: bool, device: torch.device
+) -> tuple[StableVideoDiffusionPipeline, nn.Module]:
+    """Load the base model, or the tuned model, in the precision of the evaluation.
+
+    Returns (pipeline, model). The model is the pipeline's UNet, or a ControlledUNet around it.
+    """
+    import torch
+
+    is_full_export = tuned and Path(args.tuned, "unet").is_dir()
+    unet_path = args.tuned if is_full_export else args.pretrain_unet
+    pipe = loading.load_svd(
+        args.pretrained_model_name_or_path, torch.float32, args.revision, unet_path
+    )
+    unet_optimizations.speed_up(pipe.unet)
+    model = pipe.unet
+    if tuned and not is_full_export:
+        model = load_tuned_weights(pipe.unet, args)
+    model.requires_grad_(False)
+    loading.move_models(pipe, model, args.mixed_precision, device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, model
+
+
+def load_tuned_weights(unet: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Load --tuned, anything but a full export, into the base model's `unet`.
+
+    Returns `unet`, or a ControlledUNet around it if --tuned is box control. Raises ValueError if the
+    folder holds no weights.
+    """
     folder = Path(args.tuned)
     is_checkpoint = (folder / checkpoints.TRAINED_FILE).is_file()
+    model = unet
     if args.box_control:
         from svd_xtend.models.box_control import ControlledUNet, load_box_control, new_box_control
 
@@ -168,40 +295,24 @@ def tune(unet, args):
             load_lora(unet, args.lora)
         if not is_checkpoint:
             return ControlledUNet(unet, load_box_control(unet, folder))
-        unet = ControlledUNet(unet, new_box_control(unet, args.max_objects, enhancer=args.enhancer))
+        adapter = new_box_control(unet, args.max_objects, enhancer=args.enhancer)
+        model = ControlledUNet(unet, adapter)
     if is_checkpoint:
-        load_checkpoint(unet, folder, args.ema, flag="--tuned")
-    elif folder.suffix == ".safetensors" or (folder / LORA_FILE).is_file():
-        load_lora(unet, folder)
+        load_checkpoint(model, folder, args.ema, flag="--tuned")
+        return model
+    if folder.suffix == ".safetensors" or (folder / LORA_FILE).is_file():
+        load_lora(model, folder)
+        return model
+    message = f"--tuned {folder}: no trained weights in it"
+    saved = sorted(folder.glob("checkpoint-*"), key=images.natural_key)
+    if saved:
+        message += f"; pass {saved[-1]}"
     else:
-        there = sorted(folder.glob("checkpoint-*"), key=images.natural_key)
-        advice = (
-            f"; pass {there[-1]}"
-            if there
-            else f". Expected unet/, {LORA_FILE}, {loading.BOX_CONTROL_FILE}, or a checkpoint"
-        )
-        raise ValueError(
-            f"--tuned {folder}: holds nothing that a trainer writes at its end{advice}"
-        )
-    return unet
+        message += f". Expected unet/, {LORA_FILE}, {loading.BOX_CONTROL_FILE}, or a checkpoint"
+    raise ValueError(message)
 
 
-def load(args, tuned, device):
-    """(pipeline, model): the base, or with what --tuned holds; all at rest in the precision that a run computes in."""
-    import torch
-
-    whole = tuned and Path(args.tuned, "unet").is_dir()  # a full training
-    unet = args.tuned if whole else args.pretrain_unet
-    pipe = loading.load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet)
-    unet_optimizations.speed_up(pipe.unet)
-    model = tune(pipe.unet, args) if tuned and not whole else pipe.unet
-    model.requires_grad_(False)
-    loading.move_models(pipe, model, args.mixed_precision, device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, model
-
-
-# ------------------------------------------------------------------------------------------------------------------- clips
+# -------------------------------------------------------------------------------------------------------------- clips
 
 
 def clips_of(args, process):
@@ -219,129 +330,202 @@ def clips_of(args, process):
     return train_svd.load_data(args, dataset, process)[1]
 
 
-def windows(data, count):
-    """[(clip, number of its first frame)] of up to `count` windows: of each clip of which the held-out loss is told the first, or where
-    there are fewer clips all that do not overlap, spread evenly."""
-    found = [(next(data.order.choices(i)), 0) for i in range(min(count, len(data)))]
-    if len(found) < count:
-        found = []
-        for n in range(len(data)):
-            clip, start = data.clips[n], 0
-            while start < clip.num_starts(data.sample_frames, clip.metadata["fps"]):
-                found.append((n, start))
-                start = int(clip.frame_indices(start, data.sample_frames, clip.metadata["fps"])[-1]) + 1
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
-    return [(data.clips[found[i][0]], found[i][1]) for i in chosen]
+def choose_windows(data: Any, count: int) -> list[tuple[Clip, int]]:
+    """Return up to `count` windows of a dataset to render: (clip, its first frame).
+
+    The first window of each clip of the validation loss. If there are fewer clips than `count`, all
+    windows that do not overlap, or `count` of them spread evenly.
+    """
+    windows = []
+    if count <= len(data):
+        for i in range(count):
+            windows.append((data.clips[next(data.order.choices(i))], 0))
+        return windows
+    length = data.sample_frames
+    for clip_index in range(len(data)):
+        clip = data.clips[clip_index]
+        fps = clip.metadata["fps"]
+        start = 0
+        while start < clip.num_starts(length, fps):
+            windows.append((clip, start))
+            last_frame = clip.frame_indices(start, length, fps)[-1]
+            start = int(last_frame) + 1
+    spread = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
+    return [windows[i] for i in np.unique(spread)]
 
 
-def boxes_of(data, clip, numbers, args):
-    """Tracklets of these frames as a sample shows them, or None where the data has none."""
+def find_boxes(
+    data: Any, clip: Clip, frame_indices: np.ndarray, args: argparse.Namespace
+) -> Tracklets | None:
+    """Return the boxes of these frames as a training sample has them; None if the dataset has no boxes."""
     if not hasattr(data, "boxes_of"):
         return None
-    own, size = data.boxes_of(clip)
+    boxes, picture_size = data.boxes_of(clip)
+    width, height = clip.size or (args.width, args.height)
     return tracklets.fit_to_picture(
-        own, size, *clip.size, args.resize_mode, numbers, args.max_objects, args.min_box_size
+        boxes,
+        picture_size,
+        width,
+        height,
+        args.resize_mode,
+        frame_indices,
+        args.max_objects,
+        args.min_box_size,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- measure
+# --------------------------------------------------------------------------------------------------------- measurement
 
 
-def networks(num_frames, process):
-    """({name: metric by a published network}, {name: how to get it}), those at hand and those that are not; says what is not."""
-    found, left_out = {}, {}
-    for name, find in (("lpips", metrics.lpips), ("fvd", partial(metrics.i3d, num_frames))):
+@dataclass
+class RenderedClip(metrics.ClipMetrics):
+    """A clip of the validation set, rendered and measured."""
+
+    clip_index: int  # among the windows; seeds its noise
+    name: str
+    fps: float
+    boxes: Tracklets | None
+    frames: dict[str, np.ndarray]  # {column: (f, h, w, 3) uint8} of clips in comparison.gif
+
+
+def load_networks(
+    num_frames: int, process: Accelerator
+) -> tuple[dict[str, Callable[..., np.ndarray]], dict[str, str]]:
+    """Load the pretrained networks of metrics.
+
+    Returns ({metric: function}, {metric: how to get its network}): those that are installed, and those
+    that are not. Prints the latter at once, because rendering may take hours.
+    """
+    loaders: dict[str, Callable] = {
+        "lpips": metrics.load_lpips,
+        "fvd": partial(metrics.load_i3d, num_frames),
+    }
+    networks = {}
+    left_out = {}
+    for name, load in loaders.items():
         try:
-            found[name] = find()
-        except metrics.Missing as missing:
-            left_out[name] = str(missing)
-            if process.is_main_process:  # now, not after hours
-                print(missing, flush=True)
-    return found, left_out
+            networks[name] = load()
+        except metrics.MissingNetwork as error:
+            left_out[name] = str(error)
+            if process.is_main_process:
+                print(error, flush=True)
+    return networks, left_out
 
 
-def measure(made, true, fps, boxes, found, compared_at=None):
-    """({name: figure} of a clip (f, h, w, 3) uint8 beside the true one, features for FVD or None). compared_at: (width, height) of a
-    protocol at which pictures are compared, frame 0 too, which else, being given, does not count."""
-    ways = metrics.flows(made)
-    told = metrics.order_figures(made, ways, fps) | (
-        metrics.control_figures(ways, boxes) if boxes else {}
-    )
-    if compared_at:
-        true = (
-            true
-            if true is None
-            else np.stack([images.resize_frame(f, *compared_at, "stretch") for f in true])
-        )
-        made = np.stack([images.resize_frame(f, *compared_at, "stretch") for f in made])
-    if true is not None:
-        by_frame = metrics.frame_figures(made, true)
-        if "lpips" in found:
-            by_frame["lpips"] = found["lpips"](made, true)
-        told |= {
-            name: float(values[0 if compared_at else 1 :].mean())
-            for name, values in by_frame.items()
-        }
-        told |= {
-            "first_frame_psnr": float(by_frame["psnr"][0]),
-            "psnr_by_frame": by_frame["psnr"].tolist(),
-        }
-    return told, found["fvd"](made) if "fvd" in found else None
+def measure_clip(
+    frames: np.ndarray,
+    ground_truth: np.ndarray | None,
+    fps: float,
+    boxes: Tracklets | None,
+    networks: dict[str, Callable[..., np.ndarray]],
+    comparison_size: tuple[int, int] | None = None,
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Measure a clip (f, h, w, 3) uint8: (values by metric, features for FVD or None).
+
+    ground_truth: the clip to compare with, or None to measure the ground truth itself.
+    comparison_size: (width, height) at which a protocol compares frames. Its means include frame 0;
+        otherwise frame 0 does not count, because it is given.
+    """
+    flows = metrics.optical_flows(frames)
+    values: dict[str, Any] = metrics.temporal_metrics(frames, flows, fps)
+    if boxes:
+        values |= metrics.box_metrics(flows, boxes)
+    if comparison_size:
+        frames = resize_clip(frames, comparison_size)
+        if ground_truth is not None:
+            ground_truth = resize_clip(ground_truth, comparison_size)
+    if ground_truth is not None:
+        by_frame = metrics.frame_metrics(frames, ground_truth)
+        if "lpips" in networks:
+            by_frame["lpips"] = networks["lpips"](frames, ground_truth)
+        first_counted = 0 if comparison_size else 1
+        for name, frame_values in by_frame.items():
+            values[name] = float(frame_values[first_counted:].mean())
+        values["first_frame_psnr"] = float(by_frame["psnr"][0])
+        values["psnr_by_frame"] = by_frame["psnr"].tolist()
+    features = networks["fvd"](frames) if "fvd" in networks else None
+    return values, features
 
 
-def render(name, pipe, model, data, args, found, process):
-    """This process's part of [{number, clip, fps, boxes, and by column figures, features, and frames of those shown}]; of the base
-    what is true, and what a picture that stands still is worth, too. Clips that cannot be read are left out."""
+def resize_clip(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a clip (f, h, w, 3) to (width, height), ignoring the aspect ratio."""
+    width, height = size
+    return np.stack([images.resize_frame(frame, width, height, "stretch") for frame in frames])
+
+
+def render_clips(
+    column: str,
+    pipe: StableVideoDiffusionPipeline,
+    model: Any,
+    data: Any,
+    args: argparse.Namespace,
+    networks: dict[str, Callable[..., np.ndarray]],
+    process: Accelerator,
+) -> list[RenderedClip]:
+    """Render and measure this process's share of the validation set with one model.
+
+    column: "base" or "tuned". model: a UNet, or a ControlledUNet, which has an `adapter` for boxes. With the base model, the ground truth and the static baseline are measured
+    as well. Clips that cannot be read are left out with a warning.
+    """
     from PIL import Image
 
-    places = list(enumerate(windows(data, args.num_clips)))[
-        process.process_index :: process.num_processes
-    ]
-    sample, rows = counted(train_svd.sample, len(places), f"{name}: clips", process), []
-    for i, (clip, start) in places:
-        numbers, told = clip.frame_indices(start, args.num_frames, clip.metadata["fps"]), clip.metadata
+    comparison_size = PROTOCOLS[args.protocol].comparison_size if args.protocol else None
+    windows = list(enumerate(choose_windows(data, args.num_clips)))
+    share = windows[process.process_index :: process.num_processes]
+    sample = with_progress_bar(train_svd.sample, len(share), f"{column}: clips", process)
+    rendered = []
+    for clip_index, (clip, start) in share:
+        fps = clip.metadata["fps"]
+        frame_indices = clip.frame_indices(start, args.num_frames, fps)
         try:
-            true, boxes = (
-                clip.read(numbers, *clip.size, args.resize_mode),
-                boxes_of(data, clip, numbers, args),
-            )
+            width, height = clip.size or (args.width, args.height)
+            ground_truth = clip.read(frame_indices, width, height, args.resize_mode)
+            boxes = find_boxes(data, clip, frame_indices, args)
         except ValueError as error:
             logger.warning("%s; it is left out", error)
             continue
-        if hasattr(model, "adapter"):
+        if boxes is not None and hasattr(model, "adapter"):
             model.adapter.set(boxes.grow_soft_boxes())
-        made = sample(pipe, Image.fromarray(true[0]), told, args.validation_seed + i, args)
-        clips = {name: np.stack([np.asarray(frame) for frame in made])}
-        if name == "base":
-            clips |= {"truth": true, "still": np.repeat(true[:1], len(true), 0)}
-        row = {
-            "number": i,
-            "clip": f"{clip.path} from frame {start}",
-            "film": split.source_video(clip.path),
-        }
-        row |= {"fps": told["fps"], "boxes": boxes, "frames": clips if i < SHOWN else {}}
-        rows.append({**row, "figures": {}, "features": {}})
-        for column, frames in clips.items():
-            beside = None if column == "truth" else true
-            told_of = measure(
-                frames, beside, told["fps"], boxes, found, COMPARED_AT.get(args.protocol)
+        first_frame = Image.fromarray(ground_truth[0])
+        seed = args.validation_seed + clip_index
+        generated = sample(pipe, first_frame, clip.metadata, seed, args)
+        columns = {column: np.stack([np.asarray(frame) for frame in generated])}
+        if column == "base":
+            columns["truth"] = ground_truth
+            columns["still"] = np.repeat(ground_truth[:1], len(ground_truth), 0)
+        row = RenderedClip(
+            source=split.source_video(clip.path),
+            metrics={},
+            features={},
+            clip_index=clip_index,
+            name=f"{clip.path} from frame {start}",
+            fps=fps,
+            boxes=boxes,
+            frames=columns if clip_index < NUM_COMPARISON_CLIPS else {},
+        )
+        for name, frames in columns.items():
+            reference = None if name == "truth" else ground_truth
+            row.metrics[name], row.features[name] = measure_clip(
+                frames, reference, fps, boxes, networks, comparison_size
             )
-            rows[-1]["figures"][column], rows[-1]["features"][column] = told_of
-    return rows
+        rendered.append(row)
+    return rendered
 
 
-def counted(function, total, what, process):
-    """`function`, with a bar that counts its calls."""
+def with_progress_bar(
+    function: Callable, total: int, description: str, process: Accelerator
+) -> Callable:
+    """Return `function` with a progress bar on the main process that counts its calls."""
     from tqdm import tqdm
 
-    bar = tqdm(total=total, desc=what, disable=not process.is_main_process)
+    bar = tqdm(total=total, desc=description, disable=not process.is_main_process)
 
-    def call(*inputs, **named):
-        answer = function(*inputs, **named)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
         bar.update()
         if bar.n == total:
             bar.close()
-        return answer
+        return result
 
     return call
 
@@ -350,7 +534,7 @@ def held_out_of(data, args, pipe, process):
     """The HeldOut of these clips, under the loss that the run of --tuned trained."""
     loss = train_svd_tracklet.tracklet_loss if args.box_control else train_svd.svd_loss
     share = len(range(process.process_index, min(args.num_clips, len(data)), process.num_processes))
-    encode = counted(train_svd.encode_ahead, share, "held-out clips", process)
+    encode = with_progress_bar(train_svd.encode_ahead, share, "held-out clips", process)
     return validation_loss.ValidationLoss(data, args, loss, encode, pipe, process)
 
 
@@ -360,114 +544,183 @@ def losses_of(name, model, held, process):
     def call(*inputs, **boxes):
         return model(*inputs, **(boxes if hasattr(model, "adapter") else {}))
 
-    return held.losses(counted(call, len(held.own) * len(held.sigmas), f"{name}: loss", process))
+    return held.losses(
+        with_progress_bar(call, len(held.own) * len(held.sigmas), f"{name}: loss", process)
+    )
 
 
-def compare(args):
-    """Measure base and --tuned on the held-out clips, and write what came of it."""
+def evaluate_models(args: argparse.Namespace) -> None:
+    """Measure the base model and --tuned on the validation set, and write the results."""
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import gather_object
 
-    process = Accelerator(
-        mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))]
-    )
+    # a process may wait for hours until the others have rendered their clips
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    process = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     if process.num_processes > 1:
         distributed.fail_together(process.process_index)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.backends.cudnn.allow_tf32 = args.allow_tf32 or args.mixed_precision != "no"
     if process.is_main_process:
         print(
-            f"precision {args.mixed_precision}, {process.device}, {process.num_processes} process(es)",
+            f"precision {args.mixed_precision}, {process.device}, "
+            f"{process.num_processes} process(es)",
             flush=True,
         )
-    data, held, losses, rows = None, None, {}, {}
-    for name in ["tuned", "base"][not args.tuned :]:  # what may be wrong with --tuned shows at once
-        pipe, model = load(args, name == "tuned", process.device)
+    data: Any = None
+    held: Any = None
+    losses = {}
+    clips: dict[int, RenderedClip] = {}
+    # the tuned model first: if its weights do not load, the user learns it at once
+    columns = ["tuned", "base"] if args.tuned else ["base"]
+    for column in columns:
+        pipe, model = load_model(args, column == "tuned", process.device)
         args.num_frames = args.num_frames or pipe.unet.config.num_frames
         if data is None:
-            data, (found, left_out) = clips_of(args, process), networks(args.num_frames, process)
+            data = clips_of(args, process)
+            networks, left_out = load_networks(args.num_frames, process)
         with run_record.output_errors(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        held = held or held_out_of(data, args, pipe, process)
+        if held is None:
+            held = held_out_of(data, args, pipe, process)
         held.pipe = pipe
-        losses[name] = losses_of(name, model, held, process)
-        for row in gather_object(render(name, pipe, model, data, args, found, process)):
-            kept = rows.setdefault(row["number"], row)
-            for part in ("figures", "features", "frames"):
-                kept[part] |= row[part]
-        held.pipe = pipe = model = None  # one UNet at a time
+        losses[column] = losses_of(column, model, held, process)
+        rendered = render_clips(column, pipe, model, data, args, networks, process)
+        merge_columns(clips, gather_object(rendered))
+        # free the memory before the next model is loaded
+        held.pipe = None
+        del pipe, model
     if process.is_main_process:
-        whole = [rows[i] for i in sorted(rows) if losses.keys() <= rows[i]["figures"].keys()]
-        write(args, held, losses, whole, left_out)
+        measured = []
+        for clip_index in sorted(clips):
+            if losses.keys() <= clips[clip_index].metrics.keys():
+                measured.append(clips[clip_index])
+        write_results(args, held, losses, measured, left_out)
     process.end_training()
 
 
-# -------------------------------------------------------------------------------------------------------------------- show
+def merge_columns(clips: dict[int, RenderedClip], rendered: Iterable[RenderedClip]) -> None:
+    """Add to each clip in `clips`, by index, the columns that were rendered of it."""
+    for row in rendered:
+        clip = clips.setdefault(row.clip_index, row)
+        clip.metrics |= row.metrics
+        clip.features |= row.features
+        clip.frames |= row.frames
 
 
-def write(args, held, losses, rows, left_out):
-    """evaluation.json, figures.png, comparison.gif and .png; and the table, on standard output."""
-    if not rows:
-        raise ValueError(
-            f"--validation_folder {args.validation_folder or args.base_folder}: no clip can be read"
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def write_results(
+    args: argparse.Namespace,
+    held: Any,
+    losses: dict[str, np.ndarray],
+    clips: list[RenderedClip],
+    left_out: dict[str, str],
+) -> None:
+    """Write evaluation.json, figures.png, comparison.gif and comparison.png; print the table.
+
+    held: ValidationLoss. losses: {"base", "tuned"}, each (clips, noise levels). Raises ValueError if no clip could be read.
+    """
+    if not clips:
+        folders = args.validation_folder or args.base_folder
+        raise ValueError(f"--validation_folder {folders}: no clip can be read")
+    out = Path(args.output_dir)
+    table = metrics.summarize_metrics(clips)
+    comparison = None
+    if "tuned" in losses:
+        comparison = validation_loss.compare_losses(
+            held.sigmas, losses["base"], losses["tuned"], held.films
         )
-    out, table = Path(args.output_dir), metrics.table_of(rows)
-    row = (
-        validation_loss.compare_losses(held.sigmas, losses["base"], losses["tuned"], held.films)
-        if "tuned" in losses
-        else None
+    deviations = deviations_from_protocol(args, len(clips))
+    num_sources = len({clip.source for clip in clips})
+    evaluation = {
+        "base": args.pretrained_model_name_or_path,
+        "tuned": args.tuned,
+        "ema": args.ema,
+        "protocol": args.protocol,
+        "otherwise_than_protocol": deviations,
+        "step": read_trained_step(args.tuned),
+        "clips": len(clips),
+        "films": num_sources,
+        "num_frames": args.num_frames,
+        "size": [args.width, args.height],
+        "held_out": comparison,
+        "base_loss": losses["base"].mean(0).tolist(),
+        "sigma": held.sigmas,
+        "metrics": table,
+        "left_out": left_out,
+        "by_clip": [{"clip": clip.name, **clip.metrics} for clip in clips],
+        "args": vars(args),
+    }
+    run_record.write_atomically(
+        out / "evaluation.json", json.dumps(evaluation, indent=1, default=str)
     )
-    preset, used = PROTOCOLS.get(args.protocol, {}), {**vars(args), "num_clips": len(rows)}
-    otherwise = {name: used[name] for name in preset if used[name] != preset[name]}
-    told = {
-        "base": args.pretrained_model_name_or_path, "tuned": args.tuned, "ema": args.ema, "protocol": args.protocol,
-        "otherwise_than_protocol": otherwise, "step": step_of(args.tuned),
-        "clips": len(rows), "films": len({r["film"] for r in rows}), "num_frames": args.num_frames, "size": [args.width, args.height], "held_out": row,
-        "base_loss": losses["base"].mean(0).tolist(), "sigma": held.sigmas, "metrics": table, "left_out": left_out,
-        "by_clip": [{"clip": r["clip"], **r["figures"]} for r in rows],
-        "args": {k: v for k, v in vars(args).items() if k != "hub_token"},
-    }  # fmt: skip
-    count = validation_loss.count_in_words(told["clips"], told["films"])
-    what = f"{count} held out, {args.num_frames} frames of {args.width}x{args.height}"
-    run_record.write_atomically(out / "evaluation.json", json.dumps(told, indent=1, default=str))
-    model = Path(args.tuned or args.pretrained_model_name_or_path).name
+    count = validation_loss.count_in_words(len(clips), num_sources)
+    summary = f"validation set: {count}, {args.num_frames} frames of {args.width}x{args.height}"
+    model_name = Path(args.tuned or args.pretrained_model_name_or_path).name
     with run_record.output_errors(out):
-        metrics.draw(out / "figures.png", row, rows, f"{model}: {what}")
-        if some := [shown(r) for r in rows if r["frames"]]:
-            video_writer.write_comparison(out / "comparison", some, rows[0]["fps"])
-    if args.tuned and out.name == "evaluation" and (out.parent / "report.html").is_file():
+        metrics.plot_metrics(out / "figures.png", comparison, clips, f"{model_name}, {summary}")
+        videos = [comparison_videos(clip) for clip in clips if clip.frames]
+        if videos:
+            video_writer.write_comparison(out / "comparison", videos, clips[0].fps)
+    is_evaluation_of_run = args.tuned and out.name == "evaluation"
+    if is_evaluation_of_run and (out.parent / "report.html").is_file():
         report.write_report(out.parent)
-    but = (
-        f", but {', '.join(f'{name} {value}' for name, value in otherwise.items())}"
-        if otherwise
-        else ""
-    )
-    print(f"\nprotocol {args.protocol}{but}" if args.protocol else "")
-    print(f"{what}\n{metrics.in_words(table)}")
-    print(
-        f"\nheld-out loss {validation_loss.format_comparison(row, 'the base') if row else format(losses['base'].mean(), '.4g')}"
-    )
-    print(
-        "\n".join([*left_out.values(), f"{out}/evaluation.json, figures.png, comparison.gif .png"])
-    )
+
+    print(describe_protocol(args.protocol, deviations))
+    print(summary)
+    print(metrics.format_table(table))
+    if comparison is None:
+        print(f"\nvalidation loss {losses['base'].mean():.4g}")
+    else:
+        print(
+            f"\nvalidation loss {validation_loss.format_comparison(comparison, 'the base model')}"
+        )
+    for message in left_out.values():
+        print(message)
+    print(f"wrote {out}/evaluation.json, figures.png, comparison.gif, comparison.png")
 
 
-def shown(row):
-    """{title: frames} of a clip, for people."""
+def deviations_from_protocol(args: argparse.Namespace, num_clips: int) -> dict[str, Any]:
+    """Return the options of --protocol that were not kept, with the values used instead."""
+    if not args.protocol:
+        return {}
+    used = {**vars(args), "num_clips": num_clips}
+    deviations = {}
+    for name, value in PROTOCOLS[args.protocol].options.items():
+        if used[name] != value:
+            deviations[name] = used[name]
+    return deviations
+
+
+def describe_protocol(protocol: str | None, deviations: dict[str, Any]) -> str:
+    """Return a line that names the protocol and what deviates from it; an empty line without one."""
+    if not protocol:
+        return ""
+    line = f"\nprotocol {protocol}"
+    if deviations:
+        line += ", but " + ", ".join(f"{name} {value}" for name, value in deviations.items())
+    return line
+
+
+def comparison_videos(clip: RenderedClip) -> dict[str, list[Image.Image]]:
+    """Return {title: frames} of a clip for comparison.gif, with its boxes drawn in if it has some."""
     from PIL import Image
 
-    columns = [column for column in ("base", "tuned", "truth") if column in row["frames"]]
-    clips = {
-        column: [Image.fromarray(frame) for frame in row["frames"][column]] for column in columns
-    }
-    return {
-        name: tracklets.render_boxes(clip, row["boxes"]) if row["boxes"] else clip
-        for name, clip in clips.items()
-    }
+    videos = {}
+    for column in ("base", "tuned", "truth"):
+        if column not in clip.frames:
+            continue
+        frames = [Image.fromarray(frame) for frame in clip.frames[column]]
+        if clip.boxes:
+            frames = tracklets.render_boxes(frames, clip.boxes)
+        videos[metrics.COLUMN_TITLES[column]] = frames
+    return videos
 
 
-# ------------------------------------------------------------------------------------------------------------------ parity
+# -------------------------------------------------------------------------------------------------------------- parity
 
 
 SEED = 0
@@ -574,7 +827,10 @@ def drawn_batch(width, height, num_frames, device):
     import torch
 
     frames = np.stack(
-        [images.resize_frame(frame, width, height) for frame in synthetic_clips.make_clip(SEED).frames]
+        [
+            images.resize_frame(frame, width, height)
+            for frame in synthetic_clips.make_clip(SEED).frames
+        ]
     )
     frames = torch.from_numpy(frames[np.arange(num_frames) % len(frames)]).permute(0, 3, 1, 2)[None]
     told = {"fps": torch.tensor([6.0]), "motion_bucket_id": torch.tensor([180.0]), "index": [0]}
@@ -627,52 +883,68 @@ def parity(args):
     return first
 
 
-# --------------------------------------------------------------------------------------------------------------------- CLI
+# --------------------------------------------------------------------------------------------------------------- flags
 
 
-def build_parser():
-    """What is evaluated, on what. Flags that are a trainer's have no default here: that of the run holds, or of train_svd.py."""
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser. Trainer's flags have no default here: the run's or the trainer's holds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # fmt: off
-    parser.add_argument("--tuned", metavar="FOLDER", help="a trainer's --output_dir, a checkpoint in it, or a LoRA file; without it the base alone is measured")
-    parser.add_argument("--ema", action="store_true", help="of a checkpoint the moving averages")
-    parser.add_argument("--parity", action="store_true", help="compare what the trainer does with the stock pipeline and scheduler on one clip, tensor by tensor, and nothing else; ends with 1 where they differ")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="as published; ctrl-v (arXiv 2406.05630): 200 clips of 25 frames of 512x320, compared at 410x256, frame 0 too. Flags given here still win, and the result says so")
-    parser.add_argument("--num_clips", type=int, help="clips that are rendered and measured; default: the run's --validation_clips, or 16")
-    parser.add_argument("--output_dir", help="default: evaluation/ in --tuned, where report.html finds it, of a checkpoint evaluation/checkpoint-1000 beside it, or outputs/evaluation")
-    g = parser.add_argument_group("as in training; default: as the run of --tuned was told, or else train_svd.py's")
-    g.add_argument("--pretrained_model_name_or_path", metavar="PATH", help="the base")
-    g.add_argument("--revision", help="Hub revision of it")
-    g.add_argument("--validation_folder", nargs="+", metavar="FOLDER", help="clips that nothing was trained on")
-    g.add_argument("--tracklets", help="annotation file, or folder of them: were boxes obeyed? Of box control by default those in the clips' folders")
-    g.add_argument("--width", type=int, help="pixels, a multiple of 8")
-    g.add_argument("--height", type=int, help="pixels, a multiple of 8")
-    g.add_argument("--num_frames", type=int, help="of each clip, 2 or more")
-    g.add_argument("--fps", type=flag_types.number_or_word("native"), help="frames a second at which clips are sampled, and which the model is told")
-    g.add_argument("--source_fps", type=float, help="frames a second of frame folders without clip.json")
-    g.add_argument("--motion_bucket_id", type=flag_types.number_or_word("auto"), help="auto: by how much moves in each clip; or a number, 1 to 255")
-    g.add_argument("--resize_mode", choices=["crop", "stretch"], help="cover and crop the centre, or ignore the aspect ratio")
-    g.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="of all models; default: the run's where this machine has it")
-    g.add_argument("--num_inference_steps", type=int, help="sampling steps")
+    parser.add_argument("--tuned", metavar="PATH", help="--output_dir of a training run, a checkpoint in it, or a LoRA file; without it, only the base model is measured")
+    parser.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoint")
+    parser.add_argument("--parity", action="store_true", help="only compare the trainer with the stock pipeline and scheduler on one clip, tensor by tensor; exit status 1 if they differ")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="evaluate as published; ctrl-v (arXiv 2406.05630): 200 clips of 25 frames of 512x320, compared at 410x256, including frame 0. Flags on the command line override it, and the results say so")
+    parser.add_argument("--num_clips", type=flag_types.positive_int, help="number of clips to render and measure; default: --validation_clips of the run, or 16")
+    parser.add_argument("--output_dir", help="default: evaluation/ in --tuned, where report.html finds it; evaluation/checkpoint-1000 beside a checkpoint; outputs/evaluation without --tuned")
+    g = parser.add_argument_group("as in training; default: the value of the run that wrote --tuned, else that of train_svd.py")
+    g.add_argument("--pretrained_model_name_or_path", metavar="PATH", help="base model")
+    g.add_argument("--revision", help="its revision on the Hub")
+    g.add_argument("--validation_folder", nargs="+", metavar="FOLDER", help="clips that were not trained on")
+    g.add_argument("--tracklets", help="annotation file, or a folder of them, to measure how well objects follow their boxes; default for box control: the annotations in the folders of the clips")
+    g.add_argument("--width", type=flag_types.multiple_of_8, help="pixels, a multiple of 8")
+    g.add_argument("--height", type=flag_types.multiple_of_8, help="pixels, a multiple of 8")
+    g.add_argument("--num_frames", type=flag_types.positive_int, help="frames of a clip, 2 or more")
+    g.add_argument("--fps", type=flag_types.number_or_word("native", flag_types.positive_float), help="frames per second at which clips are sampled, and which the model is conditioned on")
+    g.add_argument("--source_fps", type=flag_types.positive_float, help="frames per second of frame folders without clip.json")
+    g.add_argument("--motion_bucket_id", type=flag_types.number_or_word("auto"), help="auto: from the motion of each clip; or a number, 1 to 255")
+    g.add_argument("--resize_mode", choices=["crop", "stretch"], help="crop: cover and crop the centre; stretch: ignore the aspect ratio")
+    g.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of all models; default: that of the run if this machine has it, else the best it has")
+    g.add_argument("--num_inference_steps", type=flag_types.positive_int, help="sampling steps")
     g.add_argument("--noise_aug_strength", type=float, help="noise on the first frame")
-    g.add_argument("--decode_chunk_size", type=int, help="frames decoded at once; lower it when out of memory")
-    g.add_argument("--vae_encode_chunk", type=int, help="frames encoded at once")
-    g.add_argument("--validation_seed", type=int, help="of the noise of loss and clips, the same for both models")
+    g.add_argument("--decode_chunk_size", type=flag_types.positive_int, help="frames that the VAE decodes at once; lower it on out-of-memory")
+    g.add_argument("--vae_encode_chunk", type=flag_types.positive_int, help="frames that the VAE encodes at once")
+    g.add_argument("--validation_seed", type=int, help="seed of the noise in losses and clips; both models get the same noise")
     # fmt: on
     return parser
 
 
-def in_own_words(error, flags):
-    """What an error says, under the flag of this script that gave the path: others call it otherwise."""
-    text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-    flag, _, rest = text.partition(" ")
-    own = {"--tuned": [flags.tuned], "--validation_folder": flags.validation_folder or []}
-    found = [
-        name for name, paths in own.items() if any(path and rest.startswith(path) for path in paths)
-    ]
-    return f"{found[0]} {rest}" if found and flag[:2] == "--" and flag not in own else text
+def name_own_flag(error: Exception, flags: argparse.Namespace) -> str:
+    """Return an error's message under the flag of this script that the user passed.
+
+    The modules that raise errors name the flag that a trainer or infer_svd.py has for the same path.
+    """
+    message = str(error)
+    if isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {error.strerror}"
+    flag, _, rest = message.partition(" ")
+    own_paths = {"--tuned": [flags.tuned], "--validation_folder": flags.validation_folder or []}
+    if not flag.startswith("--") or flag in own_paths:
+        return message
+    for name, paths in own_paths.items():
+        if any(path and rest.startswith(path) for path in paths):
+            return f"{name} {rest}"
+    return message
+
+
+def main(flags: argparse.Namespace) -> int:
+    """Run the evaluation or the parity check; returns the exit status."""
+    args = resolve_args(flags)
+    if args.parity:
+        return 0 if parity(args) is None else 1
+    evaluate_models(args)
+    return 0
 
 
 if __name__ == "__main__":
@@ -680,9 +952,8 @@ if __name__ == "__main__":
     flags = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        args = settle(flags)
-        sys.exit(bool(parity(args)) if args.parity else compare(args))
+        sys.exit(main(flags))
     except (ValueError, OSError) as error:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise  # the other processes then end, too
-        parser.exit(2, f"{in_own_words(error, flags)}\n")
+            raise  # ends the other processes, too
+        parser.exit(2, f"{name_own_flag(error, flags)}\n")
