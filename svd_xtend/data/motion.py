@@ -1,6 +1,6 @@
 """Measure how much moves in a clip, and derive its motion_bucket_id.
 
-    score = motion_score(frames, 1 / fps)     # picture lengths per second, by optical flow
+    score = motion_score(frames, 1 / fps)     # frame lengths per second, by optical flow
     bucket_ids = motion_buckets(scores)       # 1 to 255 by rank; the median of a data set gets 128
 
 The score is the mean speed of the fastest 5 % of the pixels, so that a bird that crosses an
@@ -24,15 +24,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("svd_xtend")
 
-FLOW_SIDE = (
-    128  # pixels of the longer side at which flow is computed: fast, and insensitive to grain
-)
+# Flow is computed on small frames, whose longer side has this many pixels: fast, and without grain.
+FLOW_SIDE = 128
 MIN_FLOW_SIDE = 16  # pixels; optical flow needs some
 FASTEST_DIVISOR = 20  # one in so many pixels, the fastest ones, counts
 MAX_PAIRS = 8  # pairs of frames that are compared in a clip
 MAX_PLACES = 4  # places of a long clip from which the pairs are taken
 PAIR_INTERVAL = 1 / 8  # seconds between the frames of a pair, about
-COLLAPSE_RATIO = 1 / 3  # of the ground truth's motion, below which a model's motion has collapsed
+COLLAPSE_RATIO = 1 / 3  # of the ground truth's motion, below which motion has collapsed
 BLUE = "#5584e6"
 ORANGE = "#e2702c"
 
@@ -69,7 +68,7 @@ def fastest_motion(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def motion_score(frames: Iterable[np.ndarray | Image.Image], frame_interval: float) -> float:
-    """Return the motion of a clip in picture lengths per second.
+    """Return the motion of a clip in frame lengths per second.
 
     frames: (h, w, 3) uint8 arrays or PIL images of one size. frame_interval: seconds from one frame
     to the next. A single frame has no motion.
@@ -149,7 +148,7 @@ def draw_motion_histogram(axes: Axes, scores: ArrayLike) -> None:
     scores = np.asarray(scores, np.float64)
     num_bins = min(60, max(10, len(scores) // 5))
     axes.hist(scores, bins=num_bins, color=BLUE)
-    axes.set(xlabel="motion, picture lengths per second", ylabel="clips")
+    axes.set(xlabel="motion, frame lengths per second", ylabel="clips")
     bucket_axes = axes.twinx()
     order = np.argsort(scores)
     bucket_axes.plot(scores[order], motion_buckets(scores)[order], color=ORANGE, lw=2)
@@ -176,7 +175,7 @@ def compare_motion(
     """Compare the motion of rendered validation clips with the ground truth.
 
     rows: (name, motion of the rendered clip, motion of the ground truth or None) of each clip, in
-    picture lengths per second. Warns if the rendered clips move less than COLLAPSE_RATIO of the
+    frame lengths per second. Warns if the rendered clips move less than COLLAPSE_RATIO of the
     ground truth.
 
     Returns the row for <output_dir>/motion.jsonl, and the means to log.
@@ -190,7 +189,7 @@ def compare_motion(
         means["motion_truth"] = float(np.mean(true_motions))
         if sum(rendered_motions) < COLLAPSE_RATIO * sum(true_motions):
             logger.warning(
-                "step %d: motion collapses: the rendered clips move %.3g picture lengths per "
+                "step %d: motion collapses: the rendered clips move %.3g frame lengths per "
                 "second, the ground truth %.3g. Look at the clips. Lower --learning_rate, and "
                 "check fps and motion_bucket_id of the data with prepare_data.py check.",
                 step,

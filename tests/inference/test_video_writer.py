@@ -1,4 +1,4 @@
-"""Videos are written as they should be read."""
+"""Written videos have the right rate, length, size and pictures."""
 
 import av
 import numpy as np
@@ -9,23 +9,19 @@ from svd_xtend.inference import video_writer
 
 
 def probe(path):
+    """Return (frames per second, number of frames, (width, height))."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        return (
-            float(stream.average_rate),
-            len(list(container.decode(stream))),
-            (stream.width, stream.height),
-        )
+        num_frames = len(list(container.decode(stream)))
+        return float(stream.average_rate), num_frames, (stream.width, stream.height)
 
 
 def test_a_written_clip_has_the_right_rate_length_and_size(tmp_path):
     frames = [Image.new("RGB", (63, 47), (i * 20, 80, 90)) for i in range(8)]
     video_writer.write_clip(tmp_path / "deep" / "clip", frames, 7)
     rate, count, size = probe(tmp_path / "deep" / "clip.mp4")
-    assert (rate, count) == (7, 8) and size == (
-        190,
-        142,
-    )  # shown 3 times larger, padded to even sides
+    assert (rate, count) == (7, 8)
+    assert size == (190, 142)  # enlarged 3 times, padded to even sides
     gif = Image.open(tmp_path / "deep" / "clip.gif")
     assert gif.n_frames == 8 and gif.info["duration"] == 140 and gif.info["loop"] == 0
     assert Image.open(tmp_path / "deep" / "clip.png").width > 8 * 160
