@@ -4,8 +4,8 @@
     pipe, _ = load_pipeline("/path/to/weight", checkpoint="outputs/svd/checkpoint-1000", ema=True)
     frames = pipe(image, height=320, width=512).frames[0]
 
-The base model is any SVD, a full export included. Over it goes a checkpoint of a training run, a LoRA,
-box control, or nothing.
+The base model is any SVD, a full export included. A checkpoint of a training run, a LoRA or box
+control can be loaded over it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def load_pipeline(
         model: Hub name or folder of the base model, at `revision`.
         checkpoint: checkpoint folder of a training run; with `ema`, its EMA weights are loaded.
         lora: pytorch_lora_weights.safetensors, or its folder.
-        lora_scale: strength of the adapters of `lora` or `checkpoint`; 0 is the base model, 1 as trained.
+        lora_scale: strength of the adapters of `lora` or `checkpoint`; 0 is the base model, 1 is
+            as trained.
         tracklet_weights: output folder of train_svd_tracklet.py.
         box_guidance_scale: strength of guidance by boxes; 1 is none.
         cpu_offload: keep on the GPU only the module that is running.
@@ -82,8 +83,9 @@ def load_checkpoint(
 ) -> None:
     """Load the trained parameters of a checkpoint into `unet`, which is the base model of that run.
 
-    With `ema`, load their EMA weights instead. If the run trained LoRA or DoRA adapters, inject them
-    first, in the shape that the run's args.json gives, and let them act at `lora_scale`. Errors name `flag`.
+    With `ema`, load their EMA weights instead. If the run trained LoRA or DoRA adapters, inject
+    them first, in the shape that the run's args.json gives, at `lora_scale` times their trained
+    strength. Errors name `flag`.
 
     Raises:
         ValueError: the checkpoint does not have these weights, or they do not fit `unet`.

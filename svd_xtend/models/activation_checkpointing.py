@@ -1,109 +1,166 @@
-"""TODO models.activation_checkpointing."""
+"""Less memory for activations: recompute them in the backward pass, or keep them in CPU memory.
+
+    checkpoint_activations(unet, "blocks")           # in place; a policy of POLICIES
+    loss = offload_activations(unet, loss)           # if "blocks" or "nested" are not enough
+
+Both give the same gradients as without them. The checkpointing of diffusers leaves out the temporal
+transformer blocks, which hold most of the memory.
+"""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
+from typing import TYPE_CHECKING, Any
 
-RESNET, TRANSFORMER = "SpatioTemporalResBlock", "TransformerSpatioTemporalModel"
-SPATIAL, TEMPORAL = "BasicTransformerBlock", "TemporalBasicTransformerBlock"
-PARTS = ("ResnetBlock2D", "TemporalResnetBlock", SPATIAL, TEMPORAL)
-HIGHEST, NEXT = (
-    r"(^|\.)(down_blocks\.0|up_blocks\.{last})\.",
-    r"(^|\.)(down_blocks\.[01]|up_blocks\.({last}|{but_one}))\.",
-)
-POLICIES = {  # what is recomputed as one segment: kinds of module, within which paths; cheapest first
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Classes of diffusers, by name.
+RESNET = "SpatioTemporalResBlock"
+TRANSFORMER = "TransformerSpatioTemporalModel"
+SPATIAL_BLOCK = "BasicTransformerBlock"
+TEMPORAL_BLOCK = "TemporalBasicTransformerBlock"
+FEED_FORWARD = "FeedForward"
+INNER_BLOCKS = ("ResnetBlock2D", "TemporalResnetBlock", SPATIAL_BLOCK, TEMPORAL_BLOCK)
+
+# Paths of the UNet's levels of highest resolution. `last` is the index of the last up block.
+HIGHEST_LEVEL = r"(^|\.)(down_blocks\.0|up_blocks\.{last})\."
+TWO_HIGHEST_LEVELS = r"(^|\.)(down_blocks\.[01]|up_blocks\.({last}|{last_but_one}))\."
+ANYWHERE = ""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which modules are recomputed as one segment each, by class and by a pattern of their path."""
+
+    classes: tuple[str, ...]
+    path_pattern: str = ANYWHERE
+
+
+# From the least recomputation to the most.
+POLICIES = {
     "none": [],
-    "level0": [((RESNET, TRANSFORMER), HIGHEST)],
-    "level01": [((RESNET, TRANSFORMER), NEXT)],
-    "blocks": [((RESNET, SPATIAL, TEMPORAL), "")],
-    "nested": [((RESNET, TRANSFORMER), ""), (PARTS, "")],
+    "level0": [Segments((RESNET, TRANSFORMER), HIGHEST_LEVEL)],
+    "level01": [Segments((RESNET, TRANSFORMER), TWO_HIGHEST_LEVELS)],
+    "blocks": [Segments((RESNET, SPATIAL_BLOCK, TEMPORAL_BLOCK))],
+    "nested": [Segments((RESNET, TRANSFORMER)), Segments(INNER_BLOCKS)],
 }
-FEED_FORWARD_TOKENS = 32768  # of a chunk, under `nested`
-OFFLOAD_BYTES = 2**20  # smaller tensors are not worth the way to the CPU
+FEED_FORWARD_TOKENS = 32768  # tokens per chunk of a feed-forward layer, with the policy "nested"
+OFFLOAD_BYTES = 2**20  # smaller tensors stay on the GPU: copying them costs more than they hold
 
 
-# -------------------------------------------------------------------------------------------------------- checkpointing
+def checkpoint_activations(unet: nn.Module, policy: str) -> nn.Module:
+    """Recompute activations in the backward pass, by one of POLICIES. Return the same UNet.
 
-
-def checkpoint_activations(unet, policy):
-    """Recompute activations in backward, by one of POLICIES; exact. diffusers' own checkpointing leaves the temporal
-    transformer blocks out, which hold most of the memory. Under `nested` feed-forwards also run in chunks of tokens."""
-    last = max(
+    `unet` may also be a module that holds the UNet. With "nested", feed-forward layers also run in
+    chunks of FEED_FORWARD_TOKENS tokens.
+    """
+    up_block_indices = [
         int(name.split(".")[-1])
         for name, _ in unet.named_modules()
         if re.search(r"(^|\.)up_blocks\.\d+$", name)
-    )
-    for kinds, where in POLICIES[policy]:
-        path = where.format(last=last, but_one=last - 1) if where else ""
+    ]
+    last = max(up_block_indices)
+    for segments in POLICIES[policy]:
+        pattern = segments.path_pattern.format(last=last, last_but_one=last - 1)
         for name, module in unet.named_modules():
-            if type(module).__name__ in kinds and re.search(path, name):
-                module.forward = MethodType(recompute_in_backward(module.forward.__func__), module)
+            if type(module).__name__ in segments.classes and re.search(pattern, name):
+                recomputed = recompute_in_backward(unbound_forward(module))
+                module.forward = MethodType(recomputed, module)
     if policy == "nested":
         for module in unet.modules():
-            if type(module).__name__ == "FeedForward":
-                module.forward = MethodType(
-                    run_in_chunks(recompute_in_backward(module.forward.__func__)), module
-                )
+            if type(module).__name__ == FEED_FORWARD:
+                recomputed = recompute_in_backward(unbound_forward(module))
+                module.forward = MethodType(run_in_chunks(recomputed), module)
     return unet
 
 
-def recompute_in_backward(forward):
-    """`forward` that keeps its inputs only, where there are gradients. SVD has no randomness to replay."""
-    import torch
+def unbound_forward(module: Any) -> Callable[..., Any]:
+    """Return the function behind the method module.forward; its first argument is the module."""
+    return module.forward.__func__
 
-    def recompute(module, *args, **kwargs):
+
+def recompute_in_backward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function `forward` of a module, so that only its inputs are kept for backward.
+
+    The rest is computed again in the backward pass. SVD's UNet draws no random numbers (it has no
+    dropout), so no generator state is kept.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def recomputed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
         return checkpoint(
             forward, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
 
-    return recompute
+    return recomputed_forward
 
 
-def run_in_chunks(forward):
-    """`forward` of what treats each token (..., c) alone, a number of tokens at a time."""
+def run_in_chunks(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the function `forward` of a module so that it runs on chunks of the tokens (..., c).
+
+    The module must treat each token alone.
+    """
     import torch
 
-    def chunk(module, hidden_states, *args, **kwargs):
+    def chunked_forward(
+        module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
-        parts = [
-            forward(module, part, *args, **kwargs) for part in tokens.split(FEED_FORWARD_TOKENS)
-        ]
-        return torch.cat(parts).unflatten(0, hidden_states.shape[:-1])
+        chunks = tokens.split(FEED_FORWARD_TOKENS)
+        outputs = [forward(module, chunk, *args, **kwargs) for chunk in chunks]
+        return torch.cat(outputs).unflatten(0, hidden_states.shape[:-1])
 
-    return chunk
+    return chunked_forward
 
 
-def offload_activations(model, function):
-    """`function` whose calls leave what backward will need of them in the CPU's memory. Under checkpointing that is the
-    segments' inputs. Copies run in the GPU's own order, so nothing here waits for them."""
+def offload_activations(model: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, changed so that what its backward pass needs waits in CPU memory.
+
+    Under activation checkpointing, that is the inputs of the segments. `model` holds the weights,
+    which stay where they are. Copies run in order on the GPU's stream, so nothing waits for them.
+    """
     import torch
 
-    def call(*args, **kwargs):
-        with torch.autograd.graph.saved_tensors_hooks(*offload_hooks(model)):
+    def offloaded(*args: Any, **kwargs: Any) -> Any:
+        pack, unpack = offload_hooks(model)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return function(*args, **kwargs)
 
-    return call
+    return offloaded
 
 
-def offload_hooks(model):
-    """(pack, unpack) of what autograd saves: large tensors to the CPU and back; weights, which stay anyway, as they are."""
+def offload_hooks(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return (pack, unpack) for torch.autograd.graph.saved_tensors_hooks.
+
+    They move tensors of at least OFFLOAD_BYTES to CPU memory and back. Weights of `model` stay in
+    GPU memory anyway, so they are left alone.
+    """
     import torch
 
-    weights = {
-        p.untyped_storage()._cdata for p in model.parameters()
-    }  # private, but the storage's identity
+    # _cdata is private, but it is the identity of a storage: views of a weight share it.
+    weight_storages = {p.untyped_storage()._cdata for p in model.parameters()}
 
-    def pack(x):
-        if x.untyped_storage().nbytes() < OFFLOAD_BYTES or x.untyped_storage()._cdata in weights:
-            return x, None
-        away = torch.empty_like(
-            x, device="cpu", pin_memory=x.device.type == "cuda"
-        )  # with its strides
-        return away.copy_(x, non_blocking=True), x.device
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device | None]:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < OFFLOAD_BYTES or storage._cdata in weight_storages:
+            return tensor, None
+        on_gpu = tensor.device.type == "cuda"
+        cpu_copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)  # keeps the strides
+        cpu_copy.copy_(tensor, non_blocking=True)
+        return cpu_copy, tensor.device
 
-    def unpack(kept):
-        x, device = kept
-        return x if device is None else x.to(device, non_blocking=True, copy=True)
+    def unpack(packed: tuple[torch.Tensor, torch.device | None]) -> torch.Tensor:
+        tensor, device = packed
+        if device is None:
+            return tensor
+        return tensor.to(device, non_blocking=True, copy=True)
 
     return pack, unpack

@@ -1,22 +1,34 @@
-"""LoRA on the stock UNet: inject, save, load, merge.
+"""LoRA and DoRA adapters on diffusers' UNet of SVD: inject, save, load, merge.
 
     pipe = StableVideoDiffusionPipeline.from_pretrained(...)
-    load_lora(pipe.unet, "outputs/lora/pytorch_lora_weights.safetensors")            # one line; scale=0.7 for less of it
+    load_lora(pipe.unet, "outputs/lora/pytorch_lora_weights.safetensors", scale=0.7)
 
-    python -m svd_xtend.models.lora --pretrained_model_name_or_path BASE --lora FILE --output_dir MERGED     # a full export
+Merge a LoRA into its base model, as a full export:
 
-diffusers has no LoRA loader for SVD: its UNet lacks the PEFT mixin. PEFT's own functions do all of it.
+    python -m svd_xtend.models.lora --pretrained_model_name_or_path BASE --lora FILE \\
+        --output_dir MERGED
+
+diffusers has no LoRA loader for SVD, because its UNet lacks the PEFT mixin. PEFT's own functions do
+the work here.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import re
 from pathlib import Path
 from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 from svd_xtend.models.unet_optimizations import has_effect
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# The values of --lora_targets, each with the pattern of the layers' names.
 TARGETS = {
     "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$",
     "temporal": r"temporal_transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$",
@@ -24,183 +36,233 @@ TARGETS = {
     "projection": r"\.proj_(in|out)$",
     "conv": r"_res_block\.(conv[12]|conv_shortcut|time_emb_proj)$",
 }
+ADAPTER = "default"  # PEFT's name of the one adapter
+KEY_PREFIX = "unet."  # of keys and metadata in a LoRA file of diffusers
 
 
-def target_modules(unet, targets):
-    """Names of the layers that `targets` (keys of TARGETS, or parts of module names) mean. Not attn2.to_q and to_k, a
-    fifth of all attention: adapters there would never have a gradient."""
+# ------------------------------------------------------------------------------------------- inject
+
+
+def target_modules(unet: nn.Module, targets: list[str]) -> list[str]:
+    """Return the names of the layers that `targets` select: keys of TARGETS, or parts of names.
+
+    attn2.to_q and attn2.to_k, a fifth of all attention layers, are left out: an adapter there would
+    never have a gradient (see unet_optimizations.has_effect).
+
+    Raises:
+        ValueError: no layer is selected.
+    """
     import torch
 
+    layer_classes = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
     patterns = [TARGETS.get(target, re.escape(target)) for target in targets]
-    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
-    names = [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, kinds)
-        and has_effect(name)
-        and any(re.search(p, name) for p in patterns)
-    ]
+    names = []
+    for name, module in unet.named_modules():
+        is_selected = any(re.search(pattern, name) for pattern in patterns)
+        if is_selected and isinstance(module, layer_classes) and has_effect(name):
+            names.append(name)
     if not names:
         raise ValueError(
-            f"--lora_targets {' '.join(targets)}: no layer of the UNet has such a name. Expected {', '.join(TARGETS)}, "
-            "or a part of a layer's name."
+            f"--lora_targets {' '.join(targets)}: no layer of the UNet has such a name. "
+            f"Expected {', '.join(TARGETS)}, or a part of a layer's name."
         )
     return names
 
 
-def inject_lora(unet, rank, lora_alpha, targets, use_dora=False, seed=0):
-    """Add fresh adapters, which leave the output as it is, and freeze all else. Returns the same UNet."""
+def inject_lora(
+    unet: nn.Module,
+    rank: int,
+    lora_alpha: float,
+    targets: list[str],
+    use_dora: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Add new adapters to `unet` and freeze all other parameters. Return the same UNet.
+
+    New adapters do not change the output: B is 0. `seed` is that of A.
+    """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
 
     if rank < 1:
         raise ValueError(f"--rank {rank}: must be at least 1")
     config = LoraConfig(
         r=rank,
-        lora_alpha=lora_alpha,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
         target_modules=target_modules(unet, targets),
         use_dora=use_dora,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, unet)
-    from peft.tuners.lora import Linear
-
-    for module in unet.modules():
-        if type(module) is Linear and not use_dora:
-            module.forward = MethodType(fused_forward, module)
+    if not use_dora:
+        for module in unet.modules():
+            if type(module) is Linear:
+                module.forward = MethodType(fused_forward, module)  # type: ignore[method-assign]
     return unet
 
 
-def fused_forward(layer, x, *args, **kwargs):
-    """PEFT's base(x) + scale B A x, added by the second product itself: three passes over the output less. The adapter's
-    weights are cast to the dtype of x."""
+def fused_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute PEFT's base(x) + scale B A x, with the sum inside the second matrix product.
+
+    This saves three passes over the output. The adapter's weights are cast to the dtype of x.
+    """
     import torch
 
-    if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER]:
         return type(layer).forward(layer, x, *args, **kwargs)
     out = layer.base_layer(x, *args, **kwargs)
-    A, B = (half["default"].weight.to(x.dtype) for half in (layer.lora_A, layer.lora_B))
-    low = torch.nn.functional.linear(x, A).flatten(0, -2)
-    return torch.addmm(out.flatten(0, -2), low, B.t(), alpha=layer.scaling["default"]).view(
-        out.shape
-    )
+    A = layer.lora_A[ADAPTER].weight.to(x.dtype)
+    B = layer.lora_B[ADAPTER].weight.to(x.dtype)
+    A_x = torch.nn.functional.linear(x, A).flatten(0, -2)
+    sum_of_both = torch.addmm(out.flatten(0, -2), A_x, B.t(), alpha=layer.scaling[ADAPTER])
+    return sum_of_both.view(out.shape)
 
 
-def save_lora(unet, folder):
-    """Write `folder`/pytorch_lora_weights.safetensors: diffusers' keys, float32, with rank, alpha and targets inside."""
+# ------------------------------------------------------------------------------------ save and load
+
+
+def save_lora(unet: nn.Module, folder: str | Path) -> None:
+    """Write the adapters of `unet` to pytorch_lora_weights.safetensors in `folder`.
+
+    Keys are those of diffusers, tensors are float32. The file's metadata has rank, alpha, targets
+    and whether it is DoRA.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    # not state_dict, which under FSDP2 gives each process its part
-    own = get_peft_model_state_dict(unet, dict(unet.named_parameters()))
-    tensors = {f"unet.{k}": v.detach().float().cpu().contiguous() for k, v in own.items()}
-    config = {
-        k: sorted(v) if isinstance(v, set) else v
-        for k, v in unet.peft_config["default"].to_dict().items()
+    # named_parameters, not state_dict: under FSDP2 state_dict gives each process its shard.
+    adapters = get_peft_model_state_dict(unet, dict(unet.named_parameters()))
+    tensors = {
+        KEY_PREFIX + name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in adapters.items()
     }
-    kept = {f"unet.{k}": config[k] for k in ("r", "lora_alpha", "target_modules", "use_dora")}
+    peft_config: Any = unet.peft_config
+    config = peft_config[ADAPTER]
+    targets = config.target_modules
+    metadata = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(targets) if isinstance(targets, set) else targets,
+        "use_dora": config.use_dora,
+    }
+    metadata = {KEY_PREFIX + key: value for key, value in metadata.items()}
+    file_metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(
-        tensors,
-        Path(folder, LORA_FILE),
-        {"format": "pt", "lora_adapter_metadata": json.dumps(kept)},
-    )
+    save_file(tensors, Path(folder, LORA_FILE), file_metadata)
 
 
-def load_lora(unet, file, scale=1.0):
-    """Load adapters into a stock UNet, at `scale` times their trained strength. `file`: safetensors, or its folder.
+def load_lora(unet: nn.Module, file: str | Path, scale: float = 1.0) -> None:
+    """Load adapters into a UNet of diffusers, at `scale` times their trained strength.
 
-    Files without metadata are taken as alpha = rank, as diffusers does.
+    `file` is a safetensors file, or a folder with pytorch_lora_weights.safetensors. Without
+    metadata, alpha is taken to be the rank, as in diffusers.
+
+    Raises:
+        ValueError: no such file, damaged, or not a LoRA of this UNet.
     """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from safetensors import SafetensorError, safe_open
 
     file = Path(file, LORA_FILE) if Path(file).is_dir() else Path(file)
     if not file.is_file():
         raise ValueError(f"--lora {file}: no such file")
     try:
-        with safe_open(file, "pt") as f:
-            metadata, tensors = (
-                f.metadata() or {},
-                {k.removeprefix("unet."): f.get_tensor(k) for k in f.keys()},
-            )
+        with safe_open(file, "pt") as opened:
+            file_metadata = opened.metadata() or {}
+            tensors = {
+                key.removeprefix(KEY_PREFIX): opened.get_tensor(key) for key in opened.keys()
+            }
     except SafetensorError as error:
         raise ValueError(f"--lora {file}: damaged or not safetensors ({error})") from error
-    told = {
-        k.removeprefix("unet."): v
-        for k, v in json.loads(metadata.get("lora_adapter_metadata", "{}")).items()
+    metadata = {
+        key.removeprefix(KEY_PREFIX): value
+        for key, value in json.loads(file_metadata.get("lora_adapter_metadata", "{}")).items()
     }
-    ranks = {k.split(".lora_A")[0]: len(v) for k, v in tensors.items() if ".lora_A" in k}
-    rank = told.get("r", next(iter(ranks.values()), None))
-    own = {name for name, _ in unet.named_modules()}
-    if rank is None or not ranks.keys() <= own:
-        unknown = sorted(ranks.keys() - own)
+    rank_by_layer = {
+        key.split(".lora_A")[0]: len(tensor) for key, tensor in tensors.items() if ".lora_A" in key
+    }
+    unknown_layers = rank_by_layer.keys() - {name for name, _ in unet.named_modules()}
+    if unknown_layers:
         raise ValueError(
-            f"--lora {file}: not a LoRA of this UNet; {unknown[0] + ' is not in it' if unknown else 'no lora_A key'}"
+            f"--lora {file}: not a LoRA of this UNet; {min(unknown_layers)} is not in it"
         )
+    rank = metadata.get("r", next(iter(rank_by_layer.values()), None))
+    if rank is None:
+        raise ValueError(f"--lora {file}: not a LoRA of this UNet; no lora_A key")
+    has_magnitudes = any("magnitude" in key for key in tensors)
     config = LoraConfig(
-        r=rank, lora_alpha=told.get("lora_alpha", rank), target_modules=told.get("target_modules", sorted(ranks)),
-        use_dora=told.get("use_dora", any("magnitude" in k for k in tensors)),
-    )  # fmt: skip
+        r=rank,
+        lora_alpha=metadata.get("lora_alpha", rank),
+        target_modules=metadata.get("target_modules", sorted(rank_by_layer)),
+        use_dora=metadata.get("use_dora", has_magnitudes),
+    )
     inject_adapter_in_model(config, unet)
-    result = set_peft_model_state_dict(unet, tensors)
+    result: Any = set_peft_model_state_dict(unet, tensors)
     if result.unexpected_keys:
         raise ValueError(
             f"--lora {file}: keys that this UNet does not take: {result.unexpected_keys[:3]}"
         )
     scale_lora(unet, scale)
-    for module in unet.modules():
-        if isinstance(module, BaseTunerLayer):
-            for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
-                getattr(module, name).to(
-                    module.get_base_layer().weight
-                )  # device and dtype, for inference
+    for layer in find_adapter_layers(unet).values():
+        # For inference: the device and dtype of the layer below.
+        base_weight = layer.get_base_layer().weight
+        layer.lora_A.to(base_weight)
+        layer.lora_B.to(base_weight)
+        layer.lora_magnitude_vector.to(base_weight)
 
 
-def scale_lora(unet, scale):
-    """Let adapters act at `scale` times their trained strength."""
+def find_adapter_layers(unet: nn.Module) -> dict[str, Any]:
+    """Return {name: layer} of the layers that have adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for module in unet.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_scale("default", scale)
+    return {
+        name: module for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)
+    }
 
 
-def merge_lora(unet):
-    """Fold the adapters into the weights and take them out again: a stock UNet that gives the adapted output."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def scale_lora(unet: nn.Module, scale: float) -> None:
+    """Set the strength of the adapters to `scale` times the trained strength."""
+    for layer in find_adapter_layers(unet).values():
+        layer.set_scale(ADAPTER, scale)
 
-    adapted = [
-        (name, module)
-        for name, module in unet.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
-    for name, module in adapted:
-        module.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, module.get_base_layer())
+
+def merge_lora(unet: nn.Module) -> nn.Module:
+    """Add the adapters to the weights and remove them. Return the same UNet."""
+    for name, layer in find_adapter_layers(unet).items():
+        layer.merge()
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(unet.get_submodule(parent_name), child_name, layer.get_base_layer())
     del unet.peft_config
     return unet
 
 
-if __name__ == "__main__":
+def build_parser() -> argparse.ArgumentParser:
+    """Return the flags of `python -m svd_xtend.models.lora`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
-        help="the SVD that the LoRA was trained on",
+        help="the base model that the LoRA was trained on",
     )
     parser.add_argument(
         "--lora", required=True, help="pytorch_lora_weights.safetensors, or its folder"
     )
-    parser.add_argument("--lora_scale", type=float, default=1.0)
-    parser.add_argument("--output_dir", required=True, help="where the merged SVD goes")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--lora_scale",
+        type=float,
+        default=1.0,
+        help="strength of the LoRA; 1 is as trained; default: %(default)s",
+    )
+    parser.add_argument("--output_dir", required=True, help="folder for the merged SVD")
+    return parser
 
+
+def main(args: argparse.Namespace) -> None:
+    """Merge a LoRA into its base model and write the result."""
     import torch
 
     from svd_xtend.models.loading import load_svd
@@ -209,3 +271,7 @@ if __name__ == "__main__":
     load_lora(pipe.unet, args.lora, args.lora_scale)
     merge_lora(pipe.unet)
     pipe.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())
