@@ -7,6 +7,7 @@ python docs/make_flags.py --check      # fail if docs/flags.md is out of date; a
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +56,10 @@ def format_flag(action: argparse.Action) -> str:
 
 def format_row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     """Return the table row of one flag: flag, default, help."""
-    text = action.help or ""
-    text = text.removesuffix("default: %(default)s").removesuffix("; ")  # it has its own column
-    text = parser._get_formatter()._expand_help(
-        argparse.Namespace(**{**vars(action), "help": text})
-    )
+    described = copy.copy(action)
+    described.help = (action.help or "").removesuffix("default: %(default)s")  # has its own column
+    described.help = described.help.rstrip("; ")
+    text = parser._get_formatter()._expand_help(described)
     text = text.replace(f"{ROOT}/", "").replace("|", "\\|").replace("\n", " ")
     default = describe_default(action, parser.get_default(action.dest))
     return f"| {format_flag(action)} | {default} | {text} |"
