@@ -1,41 +1,44 @@
-"""prepare_data.py, as the user runs it: what a folder holds, videos to frames, annotations, held-out clips."""
+"""Test prepare_data.py: check a folder, extract frames, convert annotations, split a folder."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import sample_videos
 import numpy as np
 import pytest
+import sample_videos
+from datasets import open_dataset
 from PIL import Image
 
 import prepare_data
 from svd_xtend.data import annotations, folder_index, split
 from svd_xtend.data.clip import ClipSpec
 from svd_xtend.data.sampler import ClipCollection
-from train_svd import DummyDataset
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 
 
 def call(*argv):
-    """In this process."""
+    """Run a command in this process."""
     args = prepare_data.build_parser().parse_args(list(map(str, argv)))
-    {"check": prepare_data.check, "frames": prepare_data.frames, "tracklets": prepare_data.convert, "split": prepare_data.split}[args.command](args)  # fmt: skip
+    prepare_data.COMMANDS[args.command](args)
 
 
 def two_scenes(i, size):
-    """The second begins at frame 25."""
-    return sample_videos.make_frame(i, size) if i < 25 else 255 - sample_videos.make_frame(i - 25, size)[::-1]
+    """Draw frame i of a video whose second scene begins at frame 25."""
+    return (
+        sample_videos.make_frame(i, size)
+        if i < 25
+        else 255 - sample_videos.make_frame(i - 25, size)[::-1]
+    )
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Files and folders, good and bad, one with a cut."""
+    """Make a folder of good and bad clips, one with a cut; return it and the bad names."""
     root = tmp_path / "mixed"
     root.mkdir()
     bad = sample_videos.write_bad_files(root)
@@ -46,7 +49,7 @@ def mixed(tmp_path):
     return root, bad
 
 
-# --------------------------------------------------------------------------------------------------------------- check
+# ---------------------------------------------------------------------------- check
 
 
 def test_check_reports_as_the_user_runs_it(mixed, tmp_path):
@@ -64,28 +67,22 @@ def test_check_reports_as_the_user_runs_it(mixed, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     rows = {row["name"]: row for row in report["clips"]}
     assert rows.keys() == {"good.mp4", "cut.mp4", "frames"}
-    assert (
-        rows["cut.mp4"]["cuts"] == [25]
-        and "cuts" not in rows["good.mp4"]
-        and rows["frames"]["caption"] == "a square"
-    )
-    assert (rows["good.mp4"]["width"], rows["good.mp4"]["frames"], rows["good.mp4"]["fps"]) == (
-        96,
-        60,
-        25,
-    )
-    assert set(report["skipped"]) == set(bad) - {"20 a pixel.png"} and report["pictures"] == 1
-    assert (
-        f"{root}: 3 clips of at least 8 frames at --fps 7.0, 1 pictures, 29 skipped" in done.stdout
-    )
-    assert (
-        "1 clips hold more than one scene: cut.mp4" in done.stdout and "... 9 others" in done.stdout
-    )
+    assert rows["cut.mp4"]["cuts"] == [25]
+    assert rows["frames"]["caption"] == "a square"
+    good = rows["good.mp4"]
+    assert "cuts" not in good
+    assert (good["width"], good["frames"], good["fps"]) == (96, 60, 25)
+    assert set(report["skipped"]) == set(bad) - {"20 a pixel.png"}
+    assert report["pictures"] == 1
+    heading = f"{root}: 3 clips of at least 8 frames at --fps 7.0, 1 pictures, 29 skipped"
+    assert heading in done.stdout
+    assert "1 clips hold more than one scene: cut.mp4" in done.stdout
+    assert "... 9 others" in done.stdout
     assert Image.open(tmp_path / "out" / "check.png").size[0] > 800
 
 
-def test_what_check_finds_damaged_training_leaves_out(tmp_path, caplog):
-    """Damage that a look at some places does not meet; decoded again it is not."""
+def test_training_leaves_out_what_check_finds_damaged(tmp_path, caplog):
+    """The damage is where training's own look at a few frames does not find it."""
     root = tmp_path / "root"
     for name in ("a", "b"):
         sample_videos.write_frame_folder(root / name, 200)
@@ -96,11 +93,13 @@ def test_what_check_finds_damaged_training_leaves_out(tmp_path, caplog):
     (root / "film.mp4").write_bytes(data)
     for path in (root / "a", root / "b", root / "film.mp4"):
         os.utime(path, (1e9, 1e9))
-    before = DummyDataset(root, 64, 48, 8, 7, "auto", "crop")
+    before = open_dataset(root, 64, 48, 8, 7, "auto", "crop")
     call("check", root, f"--output_dir={tmp_path / 'out'}")
-    after = DummyDataset(root, 64, 48, 8, 7, "auto", "crop")
-    assert len(before) == 3 and [clip.stem for clip in after.clips] == ["a"]
-    assert "b: 101.png: cannot be read as a picture" in caplog.text and "film.mp4: " in caplog.text
+    after = open_dataset(root, 64, 48, 8, 7, "auto", "crop")
+    assert len(before) == 3
+    assert [clip.stem for clip in after.clips] == ["a"]
+    assert "b: 101.png: cannot be read as a picture" in caplog.text
+    assert "film.mp4: " in caplog.text
 
 
 def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
@@ -109,29 +108,28 @@ def test_check_decodes_once_and_scores_as_training_does(tmp_path, monkeypatch):
     for path in (tmp_path / "root").iterdir():
         os.utime(path, (1e9, 1e9))
     ClipCollection(tmp_path / "root", ClipSpec(0, 0, 8, 7), motion_bucket_id="auto")
-    cheap = folder_index.FolderIndex(tmp_path / "root").arrays["motions"].copy()
+    sampled = folder_index.FolderIndex(tmp_path / "root").arrays["motions"].copy()
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
-    whole = folder_index.FolderIndex(tmp_path / "root").arrays["motions"]
-    np.testing.assert_allclose(cheap, whole, rtol=0.03)
-    monkeypatch.setattr(prepare_data, "look_at_all", lambda *how: pytest.fail("decoded again"))
+    complete = folder_index.FolderIndex(tmp_path / "root").arrays["motions"]
+    np.testing.assert_allclose(sampled, complete, rtol=0.03)
+    monkeypatch.setattr(prepare_data, "decode_fully", lambda *_: pytest.fail("decoded again"))
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
 
 
 def test_check_of_a_folder_without_a_usable_clip_says_why(tmp_path, capsys):
     sample_videos.write_video(tmp_path / "root" / "short.mp4", frames=5)
     call("check", tmp_path / "root", f"--output_dir={tmp_path}")
-    assert (
-        "0 clips of at least 14" in (out := capsys.readouterr().out)
-        and "short.mp4: too short, 5 frame(s)" in out
-    )
+    printed = capsys.readouterr().out
+    assert "0 clips of at least 14" in printed
+    assert "short.mp4: too short, 5 frame(s)" in printed
     with pytest.raises(ValueError, match="^--base_folder .*none: no such folder"):
         call("check", tmp_path / "none")
 
 
-# -------------------------------------------------------------------------------------------------------------- frames
+# ---------------------------------------------------------------------------- frames
 
 
-def test_frames_are_the_videos_and_say_their_rate(tmp_path):
+def test_extracted_frames_are_those_of_the_video_and_have_its_rate(tmp_path):
     sample_videos.write_video(tmp_path / "in" / "a.mkv", "ffv1", "bgr0", frames=30)
     (tmp_path / "in" / "a.txt").write_text("a square")
     call("frames", tmp_path / "in", tmp_path / "out", "--format=png", "--fps=12.5")
@@ -139,12 +137,12 @@ def test_frames_are_the_videos_and_say_their_rate(tmp_path):
     assert len(files) == 15
     for k, file in enumerate(files):
         assert np.array_equal(np.asarray(Image.open(file)), sample_videos.make_frame(2 * k))
-    told = json.loads((tmp_path / "out" / "a" / "clip.json").read_text())
-    assert told == {"caption": "a square", "fps": 12.5, "source": "a.mkv"}
-    assert len(DummyDataset(tmp_path / "out", 64, 48, 8, "native", 127, "crop")) == 1
+    metadata = json.loads((tmp_path / "out" / "a" / "clip.json").read_text())
+    assert metadata == {"caption": "a square", "fps": 12.5, "source": "a.mkv"}
+    assert len(open_dataset(tmp_path / "out", 64, 48, 8, "native", 127, "crop")) == 1
 
 
-def test_scenes_become_folders_and_no_frame_is_of_two(tmp_path):
+def test_each_scene_becomes_a_folder_without_frames_of_another(tmp_path):
     sample_videos.write_video(tmp_path / "cut.mp4", frames=50, draw=two_scenes)
     call("frames", tmp_path / "cut.mp4", tmp_path / "out", "--scenes", "--format=png")
     for k in (0, 1):
@@ -155,15 +153,15 @@ def test_scenes_become_folders_and_no_frame_is_of_two(tmp_path):
             assert np.abs(error).mean() < 12, (k, i)
 
 
-def test_extraction_that_was_killed_goes_on_and_leaves_nothing_half(tmp_path, capsys):
+def test_a_killed_extraction_continues_and_leaves_no_partial_folders(tmp_path, capsys):
     for name in "abc":
         sample_videos.write_video(tmp_path / "in" / f"{name}.mp4", frames=20)
     write = prepare_data.write_frames
 
-    def killed(folder, *how):
+    def killed(folder, *arguments):
         if folder.name == "c":
             raise KeyboardInterrupt
-        write(folder, *how)
+        write(folder, *arguments)
 
     prepare_data.write_frames = killed
     try:
@@ -171,25 +169,21 @@ def test_extraction_that_was_killed_goes_on_and_leaves_nothing_half(tmp_path, ca
             call("frames", tmp_path / "in", tmp_path / "out")
     finally:
         prepare_data.write_frames = write
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in "ab"}
+    out = tmp_path / "out"
+
+    def change_times():
+        return {name: (out / name).stat().st_mtime_ns for name in "ab" if (out / name).exists()}
+
+    before = change_times()
     capsys.readouterr()
-    call("frames", tmp_path / "in", tmp_path / "out")
-    assert (
-        "1 folders of frames made" in (out := capsys.readouterr().out)
-        and "of 3 videos 2 were done before" in out
-    )
-    assert before == {
-        p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in "ab"
-    }
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == [
-        "a",
-        "b",
-        "c",
-    ]
-    call(
-        "frames", tmp_path / "in", tmp_path / "out", "--fps=5", "--min_frames=2"
-    )  # another way: all of them anew
-    assert all(len(list((tmp_path / "out" / name).glob("*.jpg"))) == 4 for name in "abc")
+    call("frames", tmp_path / "in", out)
+    printed = capsys.readouterr().out
+    assert "wrote 1 folders of frames" in printed
+    assert "Of 3 videos, 2 were already extracted" in printed
+    assert change_times() == before
+    assert sorted(p.name for p in out.iterdir() if p.name[0] != ".") == ["a", "b", "c"]
+    call("frames", tmp_path / "in", out, "--fps=5", "--min_frames=2")  # other flags: all again
+    assert all(len(list((out / name).glob("*.jpg"))) == 4 for name in "abc")
 
 
 def test_videos_that_cannot_be_read_are_named_and_the_others_extracted(tmp_path, capsys, caplog):
@@ -199,14 +193,13 @@ def test_videos_that_cannot_be_read_are_named_and_the_others_extracted(tmp_path,
     for path in (tmp_path / "in" / "24 up", tmp_path / "in" / "25 pipe.mp4"):
         path.unlink()
     call("frames", tmp_path / "in", tmp_path / "out")
-    assert (
-        tmp_path / "out" / "good" / "clip.json"
-    ).exists() and "02 text.mp4: cannot be opened" in caplog.text
+    assert (tmp_path / "out" / "good" / "clip.json").exists()
+    assert "02 text.mp4: cannot be opened" in caplog.text
     with pytest.raises(SystemExit, match="nowhere.mp4: no such file"):
         call("frames", tmp_path / "nowhere.mp4", tmp_path / "out")
 
 
-# ----------------------------------------------------------------------------------------------------- tracklets, split
+# ---------------------------------------------------------------------------- tracklets, split
 
 
 def test_public_annotations_become_the_projects_own(tmp_path):
@@ -234,63 +227,61 @@ def test_real_annotations_of_each_format(tmp_path):
     assert lengths == {"b1c66a42-6f7d68ca": 202, "0001": 447, "mammoth_rhino": 49}
 
 
+def is_clip(name):
+    return name.startswith(("source", "a.mp4"))
+
+
 @pytest.mark.parametrize("how", ["link", "copy", "move"])
-def test_split_holds_out_whole_films_and_what_lies_beside_goes_along(tmp_path, how):
+def test_split_keeps_source_videos_whole_and_takes_captions_along(tmp_path, how):
     root = tmp_path / "root"
-    for film in range(6):
+    out = tmp_path / "out"
+    for source in range(6):
         for scene in range(2):
-            sample_videos.write_frame_folder(root / f"film{film}_scene{scene:03d}", 8)
+            sample_videos.write_frame_folder(root / f"source{source}_scene{scene:03d}", 8)
     sample_videos.write_video(root / "a.mp4", frames=10)
     (root / "a.txt").write_text("a caption")
     (root / "metadata.jsonl").write_text(
-        '{"file_name": "a.mp4", "fps": 5}\n{"file_name": "film0_scene000", "fps": 5}'
+        '{"file_name": "a.mp4", "fps": 5}\n{"file_name": "source0_scene000", "fps": 5}'
     )
-    call("split", root, tmp_path / "out", "--held_out=0.3", f"--how={how}")
-    train, held = (
-        {p.name for p in (tmp_path / "out" / part).iterdir()} for part in ("train", "held_out")
-    )
-    clips = {n for n in train | held if n.startswith(("film", "a.mp4"))}
-    assert len(clips) == 13 and not train & held - {"metadata.jsonl"}
-    assert not {n[:5] for n in train if n.startswith("film")} & {
-        n[:5] for n in held if n.startswith("film")
-    }
-    assert 0 < sum(n.startswith(("film", "a.mp4")) for n in held) < 13
-    (side,) = (
-        part for part in ("train", "held_out") if (tmp_path / "out" / part / "a.mp4").exists()
-    )
-    assert (tmp_path / "out" / side / "a.txt").read_text() == "a caption"
-    assert folder_index.read_metadata(tmp_path / "out" / side)["a.mp4"]["fps"] == 5
+    call("split", root, out, "--held_out=0.3", f"--how={how}")
+    train = {path.name for path in (out / "train").iterdir()}
+    held_out = {path.name for path in (out / "held_out").iterdir()}
+    assert train & held_out <= {"metadata.jsonl"}
+    assert sum(map(is_clip, train | held_out)) == 13
+    assert 0 < sum(map(is_clip, held_out)) < 13
+    train_sources = {name.split("_")[0] for name in train if name.startswith("source")}
+    held_out_sources = {name.split("_")[0] for name in held_out if name.startswith("source")}
+    assert not train_sources & held_out_sources
+    (part,) = (part for part in ("train", "held_out") if (out / part / "a.mp4").exists())
+    assert (out / part / "a.txt").read_text() == "a caption"
+    assert folder_index.read_metadata(out / part)["a.mp4"]["fps"] == 5
     assert (root / "a.mp4").exists() == (how != "move")
-    assert (
-        len(
-            ClipCollection(
-                [tmp_path / "out" / "train", tmp_path / "out" / "held_out"],
-                ClipSpec(0, 0, 8, "native"),
-            )
-        )
-        == 13
-    )
-    with pytest.raises(SystemExit, match="is there already|takes two"):
-        call("split", root, tmp_path / "out")
+    spec = ClipSpec(0, 0, 8, "native")
+    assert len(ClipCollection([out / "train", out / "held_out"], spec)) == 13
+    with pytest.raises(SystemExit, match="already exists|needs at least two"):
+        call("split", root, out)
 
 
-def test_what_trained_is_never_held_out_when_clips_come():
+def test_adding_videos_never_moves_a_training_source_into_the_validation_set():
     few = {f"film{i}": ["x"] for i in range(40)}
     more = {**few, **{f"new{i}": ["x"] for i in range(40)}}
     for seed in range(20):
-        before, after = (
-            split.choose_validation_sources(few, 0.2, seed),
-            split.choose_validation_sources(more, 0.2, seed),
-        )
-        assert before == after & few.keys() and 0 < len(before) < 20
-    assert split.choose_validation_sources(few, 0.2, 0) != split.choose_validation_sources(
-        few, 0.2, 1
-    )
+        before = split.choose_validation_sources(few, 0.2, seed)
+        after = split.choose_validation_sources(more, 0.2, seed)
+        assert before == after & few.keys()
+        assert 0 < len(before) < 20
 
 
-def test_one_film_cannot_be_split(tmp_path):
+def test_the_seed_changes_the_split():
+    sources = [f"film{i}" for i in range(40)]
+    first = split.choose_validation_sources(sources, 0.2, seed=0)
+    second = split.choose_validation_sources(sources, 0.2, seed=1)
+    assert first != second
+
+
+def test_a_single_source_video_cannot_be_split(tmp_path):
     sample_videos.write_frame_folder(tmp_path / "root" / "a_scene000", 8)
     sample_videos.write_frame_folder(tmp_path / "root" / "a_scene001", 8)
-    with pytest.raises(SystemExit, match="takes two that are not of one film"):
+    with pytest.raises(SystemExit, match="split is by source video and needs at least two"):
         call("split", tmp_path / "root", tmp_path / "out")
-    assert not shutil.os.path.exists(tmp_path / "out" / "train")
+    assert not (tmp_path / "out" / "train").exists()

@@ -1,28 +1,48 @@
-"""Latent cache: what the frozen VAE and CLIP say of every frame, computed once by cache_latents.py.
+"""Latent cache: the outputs of the frozen VAE encoder and CLIP for every frame, computed once.
 
-    <cache>/cache.json              which models, size and crop it was made with
-    <cache>/<video>.safetensors     of each frame: mean and std of the VAE's posterior, CLIP embedding; in the metadata a
-                                    digest of the files' names, sizes and times, and the size of a frame
+    <cache>/cache.json              the models, precision, size and crop that it was made with
+    <cache>/<video>.safetensors     of each frame: VAE posterior (mean, std), CLIP embedding
 
-Per frame, not per clip: any window start is free. Every step still encodes one frame, the noised condition.
+cache_latents.py writes it, and training reads it with --latent_cache. It is stored per frame, not
+per clip, so that a window can begin with any frame. Training still encodes one frame per clip: the
+first one, with noise added.
+
+The metadata of a video's file holds a digest of its frames' names, sizes and times of change, by
+which a changed video is noticed.
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from svd_xtend.data.clip import Clip
 from svd_xtend.data.images import retry_io
-from svd_xtend.data.sampler import indices_to_check
+from svd_xtend.data.sampler import ClipCollection, indices_to_check
+
+if TYPE_CHECKING:
+    from diffusers import StableVideoDiffusionPipeline
+    from torch import Tensor
 
 DESCRIPTION_FILE = "cache.json"
 
 
-def models_digest(pipe):
-    """Changes when a weight of the VAE's encoder or of CLIP does. Of the weights in half precision: the files of SVD's fp16
-    variant and plain ones are one model."""
+# ----------------------------------------------------------------- how the cache was made
+
+
+def models_digest(pipe: StableVideoDiffusionPipeline) -> str:
+    """Return a hash that changes when a weight of the VAE's encoder or of CLIP does.
+
+    Weights are hashed in half precision, so that the fp16 and float32 files of SVD count as one
+    model.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for module in (pipe.vae.encoder, pipe.vae.quant_conv, pipe.image_encoder):
         for name, tensor in module.state_dict().items():
@@ -32,114 +52,177 @@ def models_digest(pipe):
     return digest.hexdigest()
 
 
-def describe_cache(pipe, precision, width, height, resize_mode):
-    """What cache.json says; two caches of one description hold the same. pipe: as loaded, in float32; precision: the one
-    that the encoders run in."""
-    told = {"precision": precision, "width": width, "height": height, "resize_mode": resize_mode}
-    return {"models": models_digest(pipe), **told}
+def describe_cache(
+    pipe: StableVideoDiffusionPipeline, precision: str, width: int, height: int, resize_mode: str
+) -> dict[str, Any]:
+    """Return the content of cache.json; caches with the same description are interchangeable.
+
+    pipe: as loaded, in float32. precision: "no", "fp16" or "bf16", in which the encoders run.
+    width, height: pixels.
+    """
+    return {
+        "models": models_digest(pipe),
+        "precision": precision,
+        "width": width,
+        "height": height,
+        "resize_mode": resize_mode,
+    }
 
 
-def write_cache_description(folder, description):
-    """Write cache.json, whole."""
-    partial = Path(folder, f"{DESCRIPTION_FILE}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(description, indent=1))
-    os.replace(partial, Path(folder, DESCRIPTION_FILE))
+def write_cache_description(folder: str | os.PathLike, description: dict[str, Any]) -> None:
+    """Write cache.json, completely or not at all."""
+    partial_file = Path(folder, f"{DESCRIPTION_FILE}.{os.getpid()}.partial")
+    partial_file.write_text(json.dumps(description, indent=1))
+    os.replace(partial_file, Path(folder, DESCRIPTION_FILE))
 
 
-def check_cache(folder, *how):
-    """Raise unless the cache in `folder` (None: there is none) is what `describe(*how)` says."""
+def check_cache(
+    folder: str | os.PathLike | None,
+    pipe: StableVideoDiffusionPipeline,
+    precision: str,
+    width: int,
+    height: int,
+    resize_mode: str,
+) -> None:
+    """Raise ValueError unless the cache was made with these models, precision, size and crop.
+
+    folder: None if no cache is used. The other parameters are those of `describe_cache`.
+    """
     if folder is None:
         return
-    file = Path(folder, DESCRIPTION_FILE)
     try:
-        found = json.loads(file.read_text())
+        description = json.loads(Path(folder, DESCRIPTION_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--latent_cache {folder}: no readable {DESCRIPTION_FILE} in it; make it with cache_latents.py"
+            f"--latent_cache {folder}: has no readable {DESCRIPTION_FILE}. "
+            "Make the cache with cache_latents.py."
         ) from error
-    for key, wanted in describe_cache(*how).items():
-        if found.get(key) != wanted:
+    expected = describe_cache(pipe, precision, width, height, resize_mode)
+    for key, value in expected.items():
+        if description.get(key) != value:
             raise ValueError(
-                f"--latent_cache {folder}: was made with {key} {found.get(key)}, this run has {wanted}; run "
-                "cache_latents.py with this run's flags, into another folder"
+                f"--latent_cache {folder}: was made with {key} {description.get(key)}, but this "
+                f"run uses {value}. Run cache_latents.py with the flags of this run and another "
+                "--latent_cache folder."
             )
 
 
-def cache_file(folder, clip):
-    """Where the cache of a video is."""
+def check_cache_names(folder: str | os.PathLike | None, clips: ClipCollection) -> None:
+    """Raise ValueError if two base folders hold a video of the same name, which names its cache
+    file."""
+    name = clips.duplicate_name()
+    if name is not None:
+        raise ValueError(
+            f"--latent_cache {folder}: two base folders hold a video named {name}. "
+            "Rename one, or use two caches."
+        )
+
+
+def check_cached_videos(folder: str | os.PathLike, clips: ClipCollection) -> None:
+    """Raise ValueError if a video has no up-to-date cache file.
+
+    Of very many videos only a sample is checked here. Each is checked again when it is read.
+    """
+    check_cache_names(folder, clips)
+    videos = [clips[int(index)] for index in indices_to_check(clips)]
+    stale_names = [clip.path.name for clip in videos if not is_cache_fresh(folder, clip)]
+    if stale_names:
+        raise ValueError(
+            f"--latent_cache {folder}: {len(stale_names)} of {len(videos)} videos have a missing, "
+            f"damaged or outdated cache file, or one of another size, for example "
+            f"{stale_names[0]}. Run cache_latents.py again; it encodes only these."
+        )
+
+
+# ------------------------------------------------------------------------ cache files of videos
+
+
+def cache_file(folder: str | os.PathLike, clip: Clip) -> Path:
+    """Return the path of a video's cache file."""
     return Path(folder, f"{clip.path.name}.safetensors")
 
 
-def is_cache_fresh(folder, clip):
-    """Whether the video's cache is there, with a whole header, and of the frames as they are now, in this size."""
-    from safetensors import SafetensorError, safe_open
+def clip_digest(clip: Clip) -> str:
+    """Return a string that changes when a file of the video does, or the size of its samples."""
+    if clip.size is None:
+        raise ValueError(f"{clip.path}: the size of its samples is not known")
+    width, height = clip.size
+    return f"{clip.digest()} {width}x{height}"
+
+
+@contextlib.contextmanager
+def open_cache_file(file: Path, framework: str) -> Iterator[Any]:
+    """Open a safetensors file. framework: "np" or "pt", the kind of the tensors."""
+    from safetensors import safe_open
+
+    with retry_io(lambda path: safe_open(path, framework), file) as tensors:
+        yield tensors
+
+
+def is_cache_fresh(folder: str | os.PathLike, clip: Clip) -> bool:
+    """Return True if a video's cache file is complete and was made from its present frames and
+    size."""
+    from safetensors import SafetensorError
 
     try:
-        with retry_io(lambda file: safe_open(file, "np"), cache_file(folder, clip)) as f:
-            return (f.metadata() or {}).get("frames") == clip_digest(clip)
+        with open_cache_file(cache_file(folder, clip), "np") as tensors:
+            return stored_digest(tensors) == clip_digest(clip)
     except (OSError, SafetensorError):
         return False
 
 
-def clip_digest(clip):
-    """Changes when a file of the clip does, or the size in which it is sampled."""
-    return f"{clip.digest()} {clip.size[0]}x{clip.size[1]}"
+def stored_digest(tensors: Any) -> str | None:
+    """Return the clip digest in the metadata of an open cache file."""
+    metadata = tensors.metadata() or {}
+    return metadata.get("frames")
 
 
-def write_cached_clip(folder, clip, digest, tensors):
-    """Write a video's cache whole or not at all. digest: digest_of, from before it was read; tensors: mean and std
-    (f, 4, h, w), image_embeds (f, d), or none of a video that cannot be read."""
+def write_cached_clip(
+    folder: str | os.PathLike, clip: Clip, digest: str, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a video's cache file, completely or not at all.
+
+    digest: clip_digest(clip), taken before the frames were read. tensors: `mean` and `std` (n, 4,
+    h/8, w/8) of the VAE's posterior and `image_embeds` (n, d) of all n frames; {} for a video that
+    cannot be read.
+    """
     from safetensors.torch import save_file
 
     file = cache_file(folder, clip)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"frames": digest})
-    os.replace(partial, file)
+    partial_file = file.with_suffix(f".{os.getpid()}.partial")
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, partial_file, {"frames": digest})
+    os.replace(partial_file, file)
 
 
-def read_cached_window(folder, clip, frames):
-    """{moments (2, f, 4, h, w), image_embeds (1, d)} of these frames of a clip, float32.
+def read_cached_window(
+    folder: str | os.PathLike, clip: Clip, frame_indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the cached outputs of a window of frames, float32.
 
-    Raises ValueError with the file in front where it is missing, damaged, or of a video that could not be read."""
-    from safetensors import SafetensorError, safe_open
+    `moments` (2, f, 4, h/8, w/8): mean and std of the VAE's posterior, in this order.
+    `image_embeds` (1, d): CLIP embedding of the first frame.
 
-    file, start = cache_file(folder, clip), int(frames[0])
+    Raises ValueError, starting with the file, if it is missing, damaged or outdated, or if the
+    video could not be read when the cache was made.
+    """
+    from safetensors import SafetensorError
+
+    file = cache_file(folder, clip)
+    first = int(frame_indices[0])
+    end = int(frame_indices[-1]) + 1
     try:
-        with retry_io(lambda file: safe_open(file, "pt"), file) as f:
-            if (f.metadata() or {}).get("frames") != clip_digest(clip):
+        with open_cache_file(file, "pt") as tensors:
+            if stored_digest(tensors) != clip_digest(clip):
                 raise ValueError(
-                    f"{file}: its frames have changed since; run cache_latents.py again"
+                    f"{file}: the frames have changed since. Run cache_latents.py again."
                 )
-            cut = {
-                name: f.get_slice(name)[start : frames[-1] + 1][frames - start].float()
-                for name in ("mean", "std")
-            }
-            image_embeds = f.get_slice("image_embeds")[start : start + 1].float()
+            # A slice reads only its own bytes of the file, and the window is then taken from it.
+            mean = tensors.get_slice("mean")[first:end][frame_indices - first].float()
+            std = tensors.get_slice("std")[first:end][frame_indices - first].float()
+            image_embeds = tensors.get_slice("image_embeds")[first : first + 1].float()
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{file}: cannot be read from the latent cache ({error}); run cache_latents.py again"
+            f"{file}: cannot be read from the latent cache ({error}). Run cache_latents.py again."
         ) from error
-    return {
-        "moments": np.stack([cut["mean"].numpy(), cut["std"].numpy()]),
-        "image_embeds": image_embeds.numpy(),
-    }
-
-
-def check_cache_names(folder, clips):
-    """Raise where two base folders have a video of one name: there is one file for a name."""
-    if name := clips.twice():
-        raise ValueError(
-            f"--latent_cache {folder}: two folders hold a video {name}; rename one, or use two caches"
-        )
-
-
-def check_cached_videos(folder, clips):
-    """Raise where a video of `clips` has no fresh cache. Of very many some are looked at: all are when they are read."""
-    check_cache_names(folder, clips)
-    videos = [clips[int(i)] for i in indices_to_check(clips)]
-    stale = [clip.path.name for clip in videos if not is_cache_fresh(folder, clip)]
-    if stale:
-        raise ValueError(
-            f"--latent_cache {folder}: {len(stale)} of {len(videos)} videos are missing, damaged, of another size or have changed since, "
-            f"{stale[0]} for one; run cache_latents.py again: it does only those"
-        )
+    return {"moments": np.stack([mean.numpy(), std.numpy()]), "image_embeds": image_embeds.numpy()}
