@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
@@ -73,49 +73,36 @@ def boxed_clips(tmp_path_factory):
 
 @pytest.fixture
 def run(clips, boxed_clips, tmp_path, monkeypatch):
-    """run("--max_train_steps=2", ..., lora=False): train in this process as the script would; returns the folder. page: with
-    its report.html."""
+    """Train in this process, as a script would: run("--max_train_steps=2", ..., lora=False).
+
+    Returns the output folder. hooks: fields of the Recipe. page: write report.html, too.
+    """
     from accelerate.state import AcceleratorState, PartialState
 
-    write = report.write_report
+    write_report = report.write_report
 
-    def go(
+    def train_in_process(
         *flags, lora=False, tracklet=False, output_dir=tmp_path / "out", seed=1, page=False, **hooks
     ):
-        monkeypatch.setattr(report, "write_report", write if page else Path)
+        monkeypatch.setattr(report, "write_report", write_report if page else Path)
         AcceleratorState._reset_state(reset_partial_state=True)
-        flags = [
-            *QUICK,
-            f"--base_folder={boxed_clips if tracklet else clips}",
-            f"--output_dir={output_dir}",
-            *flags,
-        ]
+        base_folder = boxed_clips if tracklet else clips
+        flags = [*QUICK, f"--base_folder={base_folder}", f"--output_dir={output_dir}", *flags]
         if tracklet:
-            s = train_svd_tracklet
-            args = s.script_parse(flags)
-            own = dict(
-                dataset=partial(s.TrackletDataset, args), prepare_unet=s.add_boxes, export=s.export_boxes,
-                validate=s.validate_boxes, loss=s.tracklet_loss,
-            )  # fmt: skip
+            args = train_svd_tracklet.script_parse(flags)
+            recipe = train_svd_tracklet.make_recipe(args)
+        elif lora:
+            args = train_svd.parse(train_svd_lora.script_parser(), flags)
+            recipe = train_svd_lora.RECIPE
         else:
-            args = train_svd.parse(
-                train_svd_lora.script_parser() if lora else train_svd.build_parser(), flags
-            )
-            own = (
-                dict(prepare_unet=train_svd_lora.add_lora, export=train_svd_lora.export_lora)
-                if lora
-                else {}
-            )
+            args = train_svd.parse(train_svd.build_parser(), flags)
+            recipe = train_svd.Recipe()
         args.seed = seed
-        default = dict(
-            dataset=train_svd.DummyDataset, prepare_unet=train_svd.select_parameters, export=train_svd.export,
-            validate=train_svd.validate,
-        )  # fmt: skip
-        train_svd.train(args, **(default | own | hooks))
+        train_svd.train(args, replace(recipe, **hooks))
         PartialState._reset_state()
         return output_dir
 
-    yield go
+    yield train_in_process
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -6,7 +6,14 @@ from PIL import Image
 
 from svd_xtend.demo.synthetic_clips import make_clip
 from svd_xtend.demo.tiny_svd import clips_to_pixels
-from train_svd import SampleNoise, condition, drop_conditioning, embed_image, encode_video
+from train_svd import (
+    Conditioning,
+    SampleNoise,
+    drop_conditioning,
+    embed_image,
+    encode_conditioning,
+    encode_video,
+)
 
 
 class NoNoise(SampleNoise):
@@ -17,6 +24,17 @@ class NoNoise(SampleNoise):
 
     def normal(self, *shape):
         return torch.zeros(self.b, *shape)
+
+
+def condition(pipe, first_frame, fps, motion_bucket_id, noise):
+    """Return (image_embeds, image_latents, added_time_ids) of clean first frames."""
+    batch = {
+        "pixel_values": first_frame[:, None],
+        "fps": fps,
+        "motion_bucket_id": motion_bucket_id,
+    }
+    conditioning = encode_conditioning(pipe, batch, noise)
+    return conditioning.image_embeds, conditioning.image_latents, conditioning.added_time_ids
 
 
 @pytest.fixture
@@ -91,10 +109,10 @@ def test_latents_have_about_unit_variance(pipe):
 def test_dropout_frequencies_are_the_stated_ones():
     n = 20_000
     u = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    embeds, latents = drop_conditioning(
-        torch.ones(n, 1, 1), torch.ones(n, 1, 1, 1), u, 0.05, 0.1, 0.2
-    )
-    no_clip, no_latents = embeds.flatten() == 0, latents.flatten() == 0
+    everything = Conditioning(torch.ones(n, 1, 1), torch.ones(n, 1, 1, 1), torch.ones(n, 3))
+    dropped = drop_conditioning(everything, u, (0.05, 0.1, 0.2))
+    no_clip = dropped.image_embeds.flatten() == 0
+    no_latents = dropped.image_latents.flatten() == 0
     assert (no_clip & ~no_latents).float().mean() == pytest.approx(0.05, abs=0.01)
     assert (~no_clip & no_latents).float().mean() == pytest.approx(0.10, abs=0.01)
     assert (no_clip & no_latents).float().mean() == pytest.approx(0.20, abs=0.01)

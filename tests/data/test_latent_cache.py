@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import sample_videos
 import numpy as np
 import pytest
+import sample_videos
 import torch
+from datasets import open_dataset
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -57,19 +58,16 @@ def batch_of(data, indices):
 
 
 def data_of(frames, cached=None, f=5):
-    return train_svd.DummyDataset(frames, 64, 48, f, 7, 127, "crop", 3, cached)
+    return open_dataset(frames, 64, 48, f, 7, 127, "crop", 3, cached)
 
 
 def test_the_loss_from_the_cache_is_the_loss_from_pixels(pipe, frames, cached):
     """Windows of 5 of 8 frames, so that starts differ; posterior sampling, noise augmentation and dropout included."""
-    args = train_svd.parse(
-        train_svd.build_parser(),
-        ["--seed=4", "--P_mean=0.7", "--P_std=1.6", "--vae_encode_chunk=5"],
-    )
+    args = train_svd.LossOptions(4, 0.7, 1.6, (0.0, 0.0, 0.1), vae_encode_chunk=5)
     live, stored = (batch_of(data_of(frames, c), range(4)) for c in (None, cached))
     assert stored["pixel_values"].shape[1] == 1 and live["pixel_values"].shape[1] == 5
     with torch.no_grad():
-        a, b = (train_svd.svd_loss(pipe.unet, pipe, batch, args) for batch in (live, stored))
+        a, b = (train_svd.training_loss(pipe.unet, pipe, batch, args) for batch in (live, stored))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -80,22 +78,22 @@ def test_of_video_files_too_sampled_by_time_and_in_every_size(pipe, tmp_path, ho
     folder = make(
         tmp_path / "cache", tmp_path / "files", *["--buckets"] * len(how), "--vae_encode_chunk=7"
     )
-    args = train_svd.parse(train_svd.build_parser(), ["--seed=4", "--P_mean=0.7", "--P_std=1.6"])
+    args = train_svd.LossOptions(4, 0.7, 1.6, (0.0, 0.0, 0.1))
     live, stored = (
-        train_svd.DummyDataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, c, **how)
+        open_dataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, c, **how)
         for c in (None, folder)
     )
     for index in range(4):
         batches = [batch_of(data, [index]) for data in (live, stored)]
         with torch.no_grad():
-            a, b = (train_svd.svd_loss(pipe.unet, pipe, batch, args) for batch in batches)
+            a, b = (train_svd.training_loss(pipe.unet, pipe, batch, args) for batch in batches)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     if how:
         with pytest.raises(
             ValueError,
-            match="[12] of 2 videos are missing, damaged, of another size or have changed",
+            match="[12] of 2 videos have a missing, damaged or outdated cache file, or one of another size",
         ):
-            train_svd.DummyDataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, folder)
+            open_dataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, folder)
 
 
 def test_a_run_from_the_cache_asks_clip_nothing_and_the_vae_for_one_frame(
@@ -146,7 +144,7 @@ def test_the_same_command_does_only_what_is_missing_and_leaves_nothing_half(fram
 
 def test_a_changed_frame_a_missing_video_and_a_damaged_file_are_one_error(frames, cached):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(frames / "fall0001" / "003.png")
-    with pytest.raises(ValueError, match="^--latent_cache .*: 1 of 3 videos are missing, damaged, of another size or have changed since, fall0001"):  # fmt: skip
+    with pytest.raises(ValueError, match="^--latent_cache .*: 1 of 3 videos have a missing, damaged or outdated cache file, or one of another size, for example fall0001"):  # fmt: skip
         data_of(frames, cached)
     make(cached, frames)
     (cached / "fall0000.safetensors").unlink()
@@ -167,14 +165,14 @@ def test_a_file_that_is_damaged_in_mid_run_is_replaced_by_another_clip_and_named
     other = data[1]
     assert item["moments"].shape == other["moments"].shape == (2, 5, 4, 12, 16)
     assert (
-        "run cache_latents.py again" in caplog.text
+        "Run cache_latents.py again" in caplog.text
         and "another clip takes its place" in caplog.text
     )
 
 
 @pytest.mark.parametrize(
     "flags, told",
-    [(["--width=128"], "width 64, this run has 128"), (["--resize_mode=stretch"], "resize_mode crop, this run has stretch")],
+    [(["--width=128"], "width 64, but this run uses 128"), (["--resize_mode=stretch"], "resize_mode crop, but this run uses stretch")],
 )  # fmt: skip
 def test_a_cache_of_another_size_or_crop_is_refused(run, frames, cached, flags, told):
     with pytest.raises(ValueError, match=f"^--latent_cache .*: was made with {told}"):
@@ -185,13 +183,13 @@ def test_a_cache_of_another_model_is_refused_and_half_precision_is_the_same_mode
     latent_cache.check_cache(cached, pipe, "no", 64, 48, "crop")
     half = load_svd(str(TINY_SVD), torch.float16)
     latent_cache.check_cache(cached, half, "no", 64, 48, "crop")
-    with pytest.raises(ValueError, match="was made with precision no, this run has bf16"):
+    with pytest.raises(ValueError, match="was made with precision no, but this run uses bf16"):
         latent_cache.check_cache(cached, pipe, "bf16", 64, 48, "crop")
     pipe.vae.encoder.conv_in.weight.data[0, 0, 0, 0] *= 1.002
     with pytest.raises(ValueError, match="was made with models"):
         latent_cache.check_cache(cached, pipe, "no", 64, 48, "crop")
     with pytest.raises(
-        ValueError, match="no readable cache.json in it; make it with cache_latents.py"
+        ValueError, match="has no readable cache.json. Make the cache with cache_latents.py"
     ):
         latent_cache.check_cache(cached / "none", pipe, "no", 64, 48, "crop")
 
@@ -268,9 +266,9 @@ def test_two_processes_share_the_work_and_forget_no_video(frames, tmp_path):
 def test_two_folders_with_a_video_of_one_name_are_an_error(frames, cached, tmp_path):
     shutil.copytree(frames, tmp_path / "other")
     with pytest.raises(
-        ValueError, match="^--latent_cache .*: two folders hold a video [^ ]+; rename one"
+        ValueError, match="^--latent_cache .*: two base folders hold a video named [^ ]+. Rename one"
     ):
-        train_svd.DummyDataset(
+        open_dataset(
             [frames, tmp_path / "other"], 64, 48, 8, 7, 127, "crop", cached=cached
         )
 

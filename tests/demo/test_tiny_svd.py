@@ -17,7 +17,7 @@ from svd_xtend.demo.synthetic_clips import (
 )
 from svd_xtend.demo.tiny_svd import TINY_BOXES, TINY_SVD, evaluate_control, evaluate_tiny, vae_psnr
 from svd_xtend.models.precision import best_precision
-from train_svd import svd_loss
+from train_svd import training_loss
 
 
 def test_a_seed_is_a_clip_and_the_written_one_is_the_drawn_one(tmp_path):
@@ -99,7 +99,7 @@ def test_shipped_weights_are_small_and_stock():
 
 def held_out_loss(pipe, unet):
     """Mean loss on fixed falling clips, noise and sigmas, without dropout."""
-    args = train_svd.parse(train_svd.build_parser(), ["--seed=99", "--P_mean=0.7", "--P_std=1.6", "--conditioning_dropout_prob=0", "--vae_encode_chunk=64"])  # fmt: skip
+    args = train_svd.LossOptions(seed=99, P_mean=0.7, P_std=1.6, vae_encode_chunk=64)
     clips = [make_clip((HELD_OUT_SEED, i), "fall") for i in range(16)]
     total = 0.0
     for start in range(0, 16, 8):
@@ -110,7 +110,7 @@ def held_out_loss(pipe, unet):
             "index": torch.arange(start, start + 8),
         }  # fmt: skip
         with torch.no_grad():
-            total += svd_loss(unet, pipe, batch, args).mean().item() / 2
+            total += training_loss(unet, pipe, batch, args).mean().item() / 2
     return total
 
 

@@ -37,13 +37,13 @@ def slow(*paths, flush=checkpoints.flush):
 def validate(pipe, unet, step, args):
     at("validating")
     if step:
-        train_svd.validate(pipe, unet, step, args)
+        train_svd.render_validation(pipe, unet, step, args)
     at("stepping")
     return []
 
 checkpoints.flush = slow
 args = train_svd.parse(train_svd.build_parser())
-train_svd.train(args, train_svd.DummyDataset, train_svd.select_parameters, train_svd.export, validate)
+train_svd.train(args, train_svd.Recipe(validate=validate))
 """
 
 
@@ -154,13 +154,7 @@ def saved(tmp_path_factory, clips):
         "--vae_encode_chunk=8", *SMALL,
     ]  # fmt: skip
     args = train_svd.parse(train_svd.build_parser(), flags)
-    train_svd.train(
-        args,
-        train_svd.DummyDataset,
-        train_svd.select_parameters,
-        lambda *_: None,
-        train_svd.validate,
-    )
+    train_svd.train(args, train_svd.Recipe(export=lambda *_: None))
     return out
 
 
@@ -265,7 +259,7 @@ def test_a_crash_beside_training_loses_no_saved_step(run, tmp_path, where, monke
         raise ConnectionError("tracker or picture gone")
 
     def validate(pipe, unet, step, args):
-        return crash() if step else train_svd.validate(pipe, unet, step, args)
+        return crash() if step else train_svd.render_validation(pipe, unet, step, args)
 
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):
         if where == "tracker":
@@ -293,7 +287,7 @@ def test_saving_in_the_background_copies_first(run, saved, monkeypatch):
 
     def loss(model, pipe, batch, args):
         steps.append(1)
-        return train_svd.svd_loss(model, pipe, batch, args)
+        return train_svd.training_loss(model, pipe, batch, args)
 
     def slow(tensors, file, save=checkpoints.save_tensors):
         deadline = time.time() + 60

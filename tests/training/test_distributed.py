@@ -261,10 +261,9 @@ def loss(model, pipe, batch, args):
     loss.calls = getattr(loss, "calls", 0) + 1
     if loss.calls == 3 and int(os.environ["RANK"]) == {rank}:
         {what}
-    return train_svd.svd_loss(model, pipe, batch, args)
+    return train_svd.training_loss(model, pipe, batch, args)
 
-train_svd.train(train_svd.parse(train_svd.build_parser()), train_svd.DummyDataset, train_svd.select_parameters,
-                train_svd.export, train_svd.validate, loss)
+train_svd.train(train_svd.parse(train_svd.build_parser()), train_svd.Recipe(loss=loss))
 """
 
 

@@ -55,13 +55,7 @@ def train(clips, held, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / "train_svd_lora.py"), *flags])
             args = train_svd.parse(train_svd_lora.script_parser())
-            train_svd.train(
-                args,
-                train_svd.DummyDataset,
-                train_svd_lora.add_lora,
-                train_svd_lora.export_lora,
-                train_svd.validate,
-            )
+            train_svd.train(args, train_svd_lora.RECIPE)
         return output_dir
 
     yield go

@@ -1,16 +1,14 @@
-"""Held-out clips: what is compared is the trainer's own loss, on the same draws, of clips that nothing trains on."""
+"""The validation loss: the trainer's own loss, on fixed noise, on clips that do not train."""
 
 import json
 import os
 import re
 import shutil
-from argparse import Namespace
-from functools import partial
 from itertools import product
 
-import sample_videos
 import numpy as np
 import pytest
+import sample_videos
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
@@ -33,9 +31,20 @@ def rows_in(out):
 
 
 def load(*flags):
-    """(args, clips to train on, those held out), as a run would have them."""
+    """Return (args, training set, validation set), as a run would have them."""
     args = train_svd.parse(train_svd.build_parser(), [*SIZE, "--seed=1", *map(str, flags)])
-    return args, *train_svd.load_data(args, train_svd.DummyDataset, PartialState(cpu=True))
+    return args, *train_svd.load_data(args, train_svd.Recipe(), PartialState(cpu=True))
+
+
+def validation_loss_of(dataset, args, pipe, add_encodings=train_svd.add_encodings):
+    return validation_loss.ValidationLoss(
+        dataset,
+        args,
+        pipe,
+        PartialState(cpu=True),
+        loss_at_sigma=train_svd.loss_at_sigma,
+        add_encodings=add_encodings,
+    )
 
 
 def names(data):
@@ -70,22 +79,17 @@ def test_a_held_out_loss_is_the_trainers_own_of_that_clip_at_that_sigma(clips, a
         f"--base_folder={clips}", f"--validation_folder={apart}", "--validation_seed=5", "--conditioning_dropout_prob=0.3",
         "--per_gpu_batch_size=2",
     )  # fmt: skip
-    held = validation_loss.ValidationLoss(
-        data, args, train_svd.svd_loss, train_svd.encode_ahead, pipe, PartialState(cpu=True)
-    )
-    table, told = (
-        held.losses(pipe.unet),
-        {"seed": 5, "P_std": 0.0, "conditioning_dropout_prob": (0.0, 0.0, 0.0)},
-    )
+    held = validation_loss_of(data, args, pipe)
+    table = held.losses(pipe.unet)
     assert table.shape == (3, 5) and len(np.unique(table)) == 15
     for i, (j, sigma) in product(range(3), enumerate(held.sigmas)):
-        alone = Namespace(**{**vars(args), **told, "P_mean": float(np.log(sigma))})
+        alone = train_svd.LossOptions(seed=5, P_mean=float(np.log(sigma)), P_std=0.0)
         batch = {
             **distributed.batch_to_device(default_collate([data[i]]), "cpu"),
             "index": torch.tensor([5 * i + j]),
         }
         with torch.no_grad():
-            expected = train_svd.svd_loss(pipe.unet, pipe, batch, alone).item()
+            expected = train_svd.training_loss(pipe.unet, pipe, batch, alone).item()
         assert table[i, j] == pytest.approx(expected, rel=1e-5), (i, j)
 
 
@@ -174,8 +178,8 @@ def test_a_resumed_run_says_again_what_the_earlier_start_said(run, tuned, apart,
 LORA = """
 import train_svd, train_svd_lora
 args = train_svd.parse(train_svd_lora.script_parser())
-hooks = dict(prepare_unet=train_svd_lora.add_lora, export=lambda *_: None, validate=lambda *_: [])
-train_svd.train(args, train_svd.DummyDataset, **hooks)
+nothing = dict(export=lambda *_: None, validate=lambda *_: [])
+train_svd.train(args, train_svd.Recipe(prepare_unet=train_svd_lora.add_lora, **nothing))
 """
 
 
@@ -316,7 +320,7 @@ def test_a_ratio_keeps_films_apart(filmed):
         assert not set(map(film_of, names(data))) & set(map(film_of, names(held)))
         assert len(held) == len(held.clips)
         counts.append(len(held))
-        drawn = {data.clips[next(data.order.choices(i))].path.name for i in range(40)}
+        drawn = {data.clips[next(data.sampler.choices(i))].path.name for i in range(40)}
         assert drawn == set(names(data))
     assert counts[0] == 3 and counts == sorted(counts) and counts[-1] == 12
     again = load(f"--base_folder={filmed}", "--validation_ratio=0.99", "--validation_seed=7")
@@ -339,7 +343,7 @@ def test_a_film_told_by_its_clips_is_held_out_whole(filmed):
 def test_a_folder_of_one_film_is_refused(tmp_path):
     for scene in range(2):
         sample_videos.write_frame_folder(tmp_path / "root" / f"film_scene{scene:03d}", 4)
-    with pytest.raises(ValueError, match="^--validation_ratio: .*root holds 1 video"):
+    with pytest.raises(ValueError, match="^--validation_ratio: .*root holds 1 source video"):
         load(f"--base_folder={tmp_path / 'root'}", "--validation_ratio=0.5")
 
 
@@ -378,9 +382,7 @@ def test_each_held_out_clip_counts_once_in_buckets_of_sizes_too(tmp_path, clips,
     args, _, data = load(
         f"--base_folder={clips}", f"--validation_folder={tmp_path / 'apart'}", "--buckets"
     )
-    held = validation_loss.ValidationLoss(
-        data, args, train_svd.svd_loss, train_svd.encode_ahead, pipe, PartialState(cpu=True)
-    )
+    held = validation_loss_of(data, args, pipe)
     first = [batch["pixel_values"] for batch in held.batches]
     assert {tuple(frame.shape[-2:]) for frame in first} == {(48, 64), (64, 48)}
     assert len(first) == len({frame.numpy().tobytes() for frame in first}) == 6
@@ -390,10 +392,10 @@ def test_a_folder_that_is_split_is_looked_into_once(filmed, monkeypatch):
     """Of a million videos that is hours. (What was written just now is always looked at again.)"""
     for path in filmed.rglob("*"):
         os.utime(path, (1e9, 1e9))
-    looked, look = [], folder_index.FolderIndex.look
+    looked, look = [], folder_index.FolderIndex.inspect_clip
     monkeypatch.setattr(
         folder_index.FolderIndex,
-        "look",
+        "inspect_clip",
         lambda self, i, **how: looked.append(i) or look(self, i, **how),
     )
     load(f"--base_folder={filmed}", "--validation_ratio=0.3")
@@ -449,7 +451,7 @@ def test_held_out_clips_have_the_motion_bucket_that_they_would_have_in_training(
 def test_a_run_renders_what_it_holds_out(filmed):
     """Where no picture is named."""
     args, data, held = load(f"--base_folder={filmed}", "--validation_ratio=0.3")
-    validation.choose_validation_inputs(args, data.clips, held.clips)
+    args = validation.choose_validation_inputs(args, data, held)
     assert args.validation_image == [str(filmed / names(held)[0] / "000.png")]
     assert args.validation_image[0].split("/")[-2] not in names(data)
 
@@ -460,14 +462,26 @@ def test_a_run_renders_what_it_holds_out(filmed):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--validation_ratio=1"], "--validation_ratio 1.0: from 0 to less than 1"),
-        (["--validation_ratio=-0.1"], "--validation_ratio -0.1: from 0 to less than 1"),
-        (["--validation_ratio=nan"], "--validation_ratio nan: from 0 to less than 1"),
+        (
+            ["--validation_ratio=1"],
+            "argument --validation_ratio: expected a fraction from 0 to less than 1; got 1",
+        ),
+        (
+            ["--validation_ratio=-0.1"],
+            "argument --validation_ratio: expected a fraction from 0 to less than 1; got -0.1",
+        ),
+        (
+            ["--validation_ratio=nan"],
+            "argument --validation_ratio: expected a fraction from 0 to less than 1; got nan",
+        ),
         (
             ["--validation_ratio=0.1", "--validation_folder", "a"],
-            "--validation_ratio: not with --validation_folder",
+            "--validation_ratio: cannot be used with --validation_folder",
         ),
-        (["--validation_clips=0"], "--validation_clips 0: must be at least 1"),
+        (
+            ["--validation_clips=0"],
+            "argument --validation_clips: expected a whole number of at least 1; got 0",
+        ),
     ],
 )
 def test_bad_flags_are_one_error(flags, told, capsys):
@@ -498,15 +512,12 @@ def test_boxes_of_the_one_video_that_trains_are_not_those_of_one_held_out(boxed_
     args = train_svd_tracklet.script_parse([*flags, f"--validation_folder={tmp_path / 'apart'}"])
     args.seed = 0
     with pytest.raises(
-        ValueError, match="no boxes for any video; expected a file naming apart_video"
+        ValueError, match="no boxes for any video. Expected a file that names apart_video"
     ):
-        train_svd.load_data(
-            args, partial(train_svd_tracklet.TrackletDataset, args), PartialState(cpu=True)
-        )
+        train_svd.load_data(args, train_svd_tracklet.make_recipe(args), PartialState(cpu=True))
     args.validation_folder = None
-    assert train_svd.load_data(
-        args, partial(train_svd_tracklet.TrackletDataset, args), PartialState(cpu=True)
-    )[0]
+    recipe = train_svd_tracklet.make_recipe(args)
+    assert train_svd.load_data(args, recipe, PartialState(cpu=True))[0]
 
 
 def test_clips_of_one_film_are_one_witness():
@@ -523,7 +534,7 @@ def test_clips_of_one_film_are_one_witness():
     assert (
         row["clips"] == 16
         and row["films"] == 4
-        and "on 16 clips of 4 films" in validation_loss.format_comparison(row)
+        and "on 16 clips of 4 videos" in validation_loss.format_comparison(row)
     )
     assert missed["films"] < 0.08 * 400 < 0.2 * 400 < missed["clips"]
 
@@ -532,15 +543,8 @@ def test_scenes_of_a_film_are_told_apart_from_films(filmed, pipe, clips):
     args, _, data = load(
         f"--base_folder={clips}", f"--validation_folder={filmed}", "--validation_clips=15"
     )
-    held = validation_loss.ValidationLoss(
-        data,
-        args,
-        train_svd.svd_loss,
-        lambda pipe, batch, args: batch,
-        pipe,
-        PartialState(cpu=True),
-    )
-    assert sorted(held.films) == sorted(["long"] * 3 + [f"film{i}" for i in range(4)] * 3)
+    held = validation_loss_of(data, args, pipe, add_encodings=lambda pipe, batch, chunk: batch)
+    assert sorted(held.sources) == sorted(["long"] * 3 + [f"film{i}" for i in range(4)] * 3)
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -550,6 +554,6 @@ def test_a_clip_that_trains_cannot_be_held_out(clips, tmp_path, linked):
     (tmp_path / "apart" / "again").symlink_to((clips / "fall0003").absolute())
     folder = tmp_path / "apart" if linked else clips
     with pytest.raises(
-        ValueError, match="^--validation_folder: .*(fall|again).* is among the clips that train"
+        ValueError, match="^--validation_folder: .*(fall|again).* is among the training clips"
     ):
         load(f"--base_folder={clips}", f"--validation_folder={folder}")
