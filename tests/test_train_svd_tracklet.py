@@ -67,7 +67,8 @@ def test_boxes_follow_a_video_file_and_the_rate_at_which_it_is_sampled(tmp_path)
     args = script.script_parse(
         [f"--base_folder={tmp_path}", "--draw_boxes=no", "--soft_boxes=0", "--box_dropout=0"]
     )
-    data = script.TrackletDataset(args, tmp_path, 96, 64, 8, 12.5, 127, "crop", 5)
+    make_dataset = script.make_recipe(args).make_dataset
+    data = open_dataset(tmp_path, 96, 64, 8, 12.5, 127, "crop", 5, make_dataset=make_dataset)
     item = data[0]
     for picture, box in zip(item["pixel_values"], item["control"]["boxes"][:, 0]):
         y, x = np.nonzero((picture == 255).all(0))
@@ -145,13 +146,13 @@ def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--box_dropout=1.5"], "error: --box_dropout 1.5: must be between 0 and 1"),
+        (["--box_dropout=1.5"], "error: argument --box_dropout: expected a fraction from 0 to 1; got 1.5"),
         (
             ["--validation_tracklets", "a.json"],
-            "error: --validation_tracklets: must be as many as --validation_image",
+            "error: --validation_tracklets: expected",
         ),
         (["--stage=4"], "error: argument --stage: invalid choice: 4"),
-        (["--stage=1", "--latent_cache=c"], "error: --latent_cache: holds frames as they are"),
+        (["--stage=1", "--latent_cache=c"], "error: --latent_cache: holds clean frames"),
     ],
 )
 def test_bad_flags_are_one_error(flags, told, capsys):
@@ -247,7 +248,7 @@ def test_a_stage_starts_where_the_last_one_ended(run, tmp_path, weights):
     )
     assert_equal_files(out / box_control.BOX_CONTROL_FILE, weights / box_control.BOX_CONTROL_FILE)
     with pytest.raises(
-        ValueError, match=r"--tracklet_weights: has \(max_objects, enhancer\) \(8, .carry.\)"
+        ValueError, match=r"--tracklet_weights .*: these weights need --max_objects 8 --enhancer carry"
     ):
         run(
             f"--tracklet_weights={weights}",
