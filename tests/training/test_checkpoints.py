@@ -24,13 +24,13 @@ SMALL = ["--train_params", "conv_out", "mid_block.attentions"]
 SCRIPT = """
 import sys, time
 import train_svd
-from svd_xtend import checkpoints
+from svd_xtend.training import checkpoints
 
 def at(what):
     with open({at!r}, "w") as f:
         f.write(what)
 
-def slow(*paths, flush=checkpoints.flush):
+def slow(*paths, flush=checkpoints.flush_to_disk):
     time.sleep(0.1)
     flush(*paths)
 
@@ -41,7 +41,7 @@ def validate(pipe, unet, step, args):
     at("stepping")
     return []
 
-checkpoints.flush = slow
+checkpoints.flush_to_disk = slow
 args = train_svd.parse(train_svd.build_parser())
 train_svd.train(args, train_svd.Recipe(validate=validate))
 """
@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(run, tm
         size = sum(f.stat().st_size for f in (out / "checkpoint-1").iterdir())
         free = shutil.disk_usage(disk).free
         (disk / "full").write_bytes(bytes(free - size // 2))
-        told = "^--output_dir .*could not be written.*(No space|os error 28).*that of step 1"
+        told = "^--output_dir .*could not be written.*(No space|os error 28).*the checkpoint of step 1"
         with pytest.raises(OSError, match=told):
             run("--max_train_steps=3", *flags, output_dir=out)
         assert [p.name for p in find_checkpoints(out)] == ["checkpoint-1"] and find_damage(
@@ -174,7 +174,7 @@ def flip(file):
         (
             truncate,
             checkpoints.TRAINED_FILE,
-            r"trained.safetensors is cut short or was changed: \d+ of \d+ bytes",
+            r"trained.safetensors is truncated or was changed: \d+ of \d+ bytes",
         ),
         (flip, checkpoints.TRAINED_FILE, "trained.safetensors is corrupt"),
         (flip, checkpoints.STATE_FILE, "state.pt is corrupt"),
@@ -194,10 +194,10 @@ def test_damaged_checkpoints_are_refused_with_the_path_and_latest_goes_past_them
     ):
         pick_checkpoint(str(out / "checkpoint-3"), out)
     assert pick_checkpoint("latest", out) == out / "checkpoint-2"
-    assert re.search(f"checkpoint-3 is passed over: {told}", caplog.text)
+    assert re.search(f"checkpoint-3 is skipped: {told}", caplog.text)
     harm(out / "checkpoint-2" / name)
     harm(out / "checkpoint-1" / name)
-    with pytest.raises(ValueError, match="^--output_dir .*: no checkpoint in it is whole"):
+    with pytest.raises(ValueError, match="^--output_dir .*: all checkpoints in it are damaged"):
         pick_checkpoint("latest", out)
     assert pick_checkpoint("latest", tmp_path / "new") is None
 

@@ -308,7 +308,7 @@ def test_processes_that_find_other_videos_do_not_start(farm, tmp_path, clips):
     codes, printed, _ = farm.run(tmp_path / "script.py", *flags, **how)
     assert (
         codes == [1, 1]
-        and "ValueError: --base_folder: processes do not find the same there" in printed
+        and "ValueError: --base_folder: the processes see different files there" in printed
     )
 
 
@@ -345,7 +345,7 @@ def test_a_process_that_waits_for_one_that_failed_and_hangs_is_ended_too(farm, t
 def test_a_signal_to_one_process_stops_all_at_one_step_with_a_checkpoint(farm, tmp_path, clips):
     codes, printed, _ = go(farm, tmp_path, clips, 1, f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
     assert (
-        codes == [143, 143] and "stopped at step 3; the same command goes on from there" in printed
+        codes == [143, 143] and "stopped at step 3; the same command continues from there" in printed
     )
     assert read_progress(find_checkpoints(tmp_path / "out")[-1])["step"] == 3
     codes, printed, _ = go(farm, tmp_path, clips, 1, "pass")
@@ -441,7 +441,7 @@ def test_the_slurm_script_saves_before_its_time_is_up_and_queues_itself_again(tm
         process.terminate()  # to the batch script alone, as --signal=B: does
         process.wait(120)
     printed = (tmp_path / "log").read_text()
-    assert "2 process(es)" in printed and "the same command goes on from there" in printed, printed[
+    assert "2 process(es)" in printed and "the same command continues from there" in printed, printed[
         -3000:
     ]
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
