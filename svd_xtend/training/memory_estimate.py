@@ -1,54 +1,70 @@
-"""What a run needs of a GPU's memory, before it is launched: a table of constants, and the count that they come from.
+"""Predict the GPU memory of a training run before it is launched, and measure it in the run.
 
-    need = Job(args, "lora", trained, all_parameters).need()     # GiB by component; instantly
-    python -m svd_xtend.training.memory_estimate                                   # counts the table anew: minutes, no GPU, no weights
+    job = TrainingJob(args, "lora", num_trained, num_parameters)
+    need = job.estimate()                            # GiB by component; need.total is for the GPU
+    print(memory_advice(job, budget=24))             # flags to add so that the run fits 24 GiB
 
-Activations are linear in tokens = clips x frames x h/8 x w/8: attention keeps no matrix. The count runs a step over tensors
-that have shapes but no data and adds up the bytes that are alive. It does not see a GPU's own: context, the libraries'
-workspaces, fragmentation; OVERHEAD allows for them. Next: estimate_memory.py.
+Predictions come from a table of counted figures (`memory_count.py` counts it anew), so they take no
+time and import no torch. Attention keeps no matrix of tokens by tokens, so activations are linear
+in the number of tokens = clips x frames x (height / 8) x (width / 8), and the table is interpolated
+in it.
 """
 
+from __future__ import annotations
+
 import argparse
-import contextlib
-import inspect
 import logging
+import math
 import re
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from svd_xtend.models import activation_checkpointing, unet_optimizations
-from svd_xtend.models.precision import compute_dtype, set_precision
 from svd_xtend.training.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("svd_xtend")
 
 GIB = 2**30
 CARD_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)  # GB, as they are sold
-USABLE_FRACTION = 0.98  # of a card that shows nothing else
+USABLE_FRACTION = 0.98  # of the memory of a GPU that drives no display
 CUDA_CONTEXT_GIB = 0.5  # GiB that CUDA takes for itself
-OVERHEAD_FRACTION = 0.08  # of all else: workspaces and fragmentation; chosen, not measured
-# ----------------------------------------------------------------------------------------------- SVD's own constants
+# Workspaces of libraries and fragmentation, as a fraction of everything else. Chosen, not measured.
+# On an NVIDIA H100 the measured peak (torch.cuda.max_memory_allocated) was 0.8 to 3.9 % above the
+# prediction: docs/results.md.
+OVERHEAD_FRACTION = 0.08
 
-SVD_CHANNELS = (320, 640, 1280, 1280)  # channels: the UNet that the table is of
-UNET_PARAMETERS, TRAINABLE_PARAMETERS = (
-    1524623082,
-    1474233322,
-)  # parameters of the UNet, and of those the ones that have an effect
-BOX_CONTROL_PARAMETERS, LORA_PARAMETERS_PER_RANK = (
-    387615108,
-    307328,
-)  # of box control; of a LoRA on all attention, for each rank
-VAE_PARAMETERS, VAE_ENCODER_PARAMETERS, CLIP_PARAMETERS = 97742847, 34163592, 632076800
-ENCODE, DECODE = 1280, 2048  # bytes a pixel of the frames at once, in half precision
-TOKENS = (8960, 35840, 64000, 129024, 230400)  # of SIZES
-SIZES = ((256, 160, 14), (512, 320, 14), (512, 320, 25), (1024, 576, 14), (1024, 576, 25))
-# GiB of gradients and activations where they are most, at TOKENS, computing in half precision
+# ----------------------------------------------------- constants of Stable Video Diffusion, counted
+
+SVD_CHANNELS = (320, 640, 1280, 1280)  # block_out_channels of the UNet that the table is of
+UNET_PARAMETERS = 1524623082
+TRAINABLE_PARAMETERS = 1474233322  # of the UNet, those that have an effect
+BOX_CONTROL_PARAMETERS = 387615108
+LORA_PARAMETERS_PER_RANK = 307328  # of a LoRA on all attention layers
+VAE_PARAMETERS = 97742847
+VAE_ENCODER_PARAMETERS = 34163592
+CLIP_PARAMETERS = 632076800
+ENCODE_BYTES_PER_PIXEL = 1280  # of each frame that the VAE encodes at once, in half precision
+DECODE_BYTES_PER_PIXEL = 2048  # of each frame that the VAE decodes at once, in half precision
+# Validation's sampling runs both halves of classifier-free guidance in one batch. KiB per token of
+# a clip:
+SAMPLING_KIB_PER_TOKEN = 34.2
+CHUNKED_SAMPLING_KIB_PER_TOKEN = 24.0  # with --gradient_checkpointing nested, which runs in chunks
+BOXES_SAMPLING_KIB_PER_TOKEN = 8.8  # what box control adds
+
+# (width, height, frames) of the columns of STEP_GIB, and their tokens
+TABLE_SIZES = ((256, 160, 14), (512, 320, 14), (512, 320, 25), (1024, 576, 14), (1024, 576, 25))
+TABLE_TOKENS = (8960, 35840, 64000, 129024, 230400)
+TABLE_LORA_RANK = 16
+# GiB of gradients and activations at their peak, computed in half precision.
+# Key: (what is trained, --gradient_checkpointing, --offload_activations)
 STEP_GIB = {  # (what trains, policy, offload_activations)
     ("full", "none", False): (6.821, 19.413, 32.621, 63.105, 110.643),
     ("full", "level0", False): (5.894, 11.801, 19.061, 35.850, 62.034),
@@ -79,33 +95,44 @@ STEP_GIB = {  # (what trains, policy, offload_activations)
     ("boxes", "nested", False): (1.682, 2.395, 2.926, 5.571, 9.890),
     ("boxes", "nested", True): (1.671, 2.351, 2.724, 3.636, 6.331),
 }
-SAMPLING = 34.2  # KiB a token, of both clips of guidance
-CHUNKED_SAMPLING, BOXES_SAMPLING = 24.0, 8.8  # under `nested`; what boxes add
 
 
-def look_up_step_memory(kind, policy, offload, tokens, master, precision):
-    """GiB of gradients and activations at their peak, from the table; None where it has no such row."""
-    row = STEP_GIB.get(
-        (kind + "_bf16" * (kind == "full" and master == "bfloat16"), policy, offload)
-    )
-    if row is None or (master == "bfloat16" and kind == "boxes"):
+def look_up_step_memory(
+    kind: str, policy: str, offload: bool, tokens: int, master: str, precision: str
+) -> float | None:
+    """Return GiB of gradients and activations at their peak, or None if the table has no such row.
+
+    kind: full, lora or boxes. master: dtype of trained weights. precision: of --mixed_precision.
+    """
+    table_kind = kind
+    if kind == "full" and master == "bfloat16":
+        table_kind = "full_bf16"
+    row = STEP_GIB.get((table_kind, policy, offload))
+    if row is None:
         return None
-    if precision == "no":  # all is float32: twice what it is where all is bf16
-        row = STEP_GIB[("full_bf16" if kind == "full" else kind, policy, offload)]
-    i = min(
-        np.searchsorted(TOKENS[1:-1], tokens), len(TOKENS) - 2
-    )  # a straight line beyond both ends
-    share = (tokens - TOKENS[i]) / (TOKENS[i + 1] - TOKENS[i])
-    return max(row[i] + share * (row[i + 1] - row[i]), 0) * (2 if precision == "no" else 1)
+    if kind == "boxes" and master == "bfloat16":
+        return None
+    float32_factor = 1
+    if precision == "no":  # everything is float32: twice the memory of a step that is all in bf16
+        table_kind = "full_bf16" if kind == "full" else kind
+        row = STEP_GIB[(table_kind, policy, offload)]
+        float32_factor = 2
+    # linear interpolation; the first and the last segment extend beyond the table
+    i = min(int(np.searchsorted(TABLE_TOKENS[1:-1], tokens)), len(TABLE_TOKENS) - 2)
+    fraction = (tokens - TABLE_TOKENS[i]) / (TABLE_TOKENS[i + 1] - TABLE_TOKENS[i])
+    return max(row[i] + fraction * (row[i + 1] - row[i]), 0) * float32_factor
 
 
-# ----------------------------------------------------------------------------------------------------------------- need
+# --------------------------------------------------------------------------------------- prediction
 
 
 @dataclass
 class MemoryNeed:
-    """GiB by component. The first three are there all the time; `gradients` are part of `step`, and that, encoding and
-    validation have each their own time."""
+    """GiB of a training run, by component.
+
+    Weights, optimizer and encoders are there all the time. `step` (which includes the gradients),
+    `encoding` and `validation` follow one another, so only the largest of them counts.
+    """
 
     weights: float
     optimizer: float
@@ -116,304 +143,436 @@ class MemoryNeed:
     validation: float
 
     @property
-    def peak(self):
-        """What torch.cuda.max_memory_allocated will show, over the run."""
-        return (
-            self.weights
-            + self.optimizer
-            + self.encoders
-            + max(self.step, self.encoding, self.validation)
-        )
+    def peak(self) -> float:
+        """Return the prediction of torch.cuda.max_memory_allocated over the run, in GiB."""
+        permanent = self.weights + self.optimizer + self.encoders
+        return permanent + max(self.step, self.encoding, self.validation)
 
     @property
-    def total(self):
-        """What the card must have."""
+    def total(self) -> float:
+        """Return the GiB that a GPU must have, with CUDA's context and its libraries' overhead."""
         return self.peak * (1 + OVERHEAD_FRACTION) + CUDA_CONTEXT_GIB
 
-    def rows(self):
-        """[(component, GiB, remark)] of a table."""
+    def rows(self) -> list[tuple[str, float, str]]:
+        """Return (component, GiB, remark) for each row of a table."""
+        gradients = min(self.gradients, self.step)
+        activations = max(self.step - self.gradients, 0)
+        overhead = f"{OVERHEAD_FRACTION:.0%} for workspaces and fragmentation"
         return [
-            ("weights", self.weights, "of the UNet and what is added to it"),
-            ("optimizer", self.optimizer, "its averages, and those of --use_ema"),
+            ("weights", self.weights, "of the UNet and its adapters"),
+            ("optimizer", self.optimizer, "Adam moments, and EMA weights with --use_ema"),
             ("VAE and CLIP", self.encoders, "weights"),
+            ("gradients", gradients, "at the moment when activations are largest"),
+            ("activations", activations, "of the UNet"),
+            ("encoding", self.encoding, "of frames; not at the time of the activations"),
             (
-                "gradients",
-                min(self.gradients, self.step),
-                "that are there when activations are most",
+                "validation",
+                self.validation,
+                "sampling and decoding; between steps",
             ),
-            ("activations", max(self.step - self.gradients, 0), "of the UNet"),
             (
-                "encoding",
-                self.encoding,
-                "of frames; at another time than gradients and activations",
+                "peak allocated",
+                self.peak,
+                "the largest that is there at one time",
             ),
-            ("validation", self.validation, "sampling and decoding; at another time, too"),
-            ("peak allocated", self.peak, "all but what has another time"),
-            (
-                "needed",
-                self.total,
-                f"with {CUDA_CONTEXT_GIB} GiB for CUDA and {OVERHEAD_FRACTION:.0%} for workspaces and fragmentation",
-            ),
+            ("needed", self.total, f"with {CUDA_CONTEXT_GIB} GiB for CUDA and {overhead}"),
         ]
+
+
+class EncoderSizes(NamedTuple):
+    """Numbers of parameters of the frozen models beside the UNet."""
+
+    vae: int
+    vae_encoder: int  # the part of the VAE that a latent cache still needs
+    clip: int
+
+
+SVD_ENCODERS = EncoderSizes(VAE_PARAMETERS, VAE_ENCODER_PARAMETERS, CLIP_PARAMETERS)
 
 
 @dataclass
 class TrainingJob:
-    """A training, as far as memory goes. kind: full, lora or boxes as the table has them, else None; trained and
-    parameters: how many; count: a function (policy, offload, master) -> GiB of gradients and activations, for what is not
-    in the table."""
+    """A training run, as far as its memory is concerned.
+
+    args: the flags of a trainer. kind: full, lora or boxes if the table has it, else None.
+    num_trained and num_parameters: of the UNet with its adapters. count_step: a function (policy,
+    offload, master) -> GiB of gradients and activations, for what the table does not have.
+    vae_scale: pixels per latent pixel.
+    """
 
     args: argparse.Namespace
     kind: str | None
-    trained: int
-    parameters: int
-    count: Callable | None = None
-    scale: int = 8  # pixels of a latent
-    encoders: tuple = (VAE_PARAMETERS, VAE_ENCODER_PARAMETERS, CLIP_PARAMETERS)
+    num_trained: int
+    num_parameters: int
+    count_step: Callable[[str, bool, str], float] | None = None
+    vae_scale: int = 8
+    encoders: EncoderSizes = SVD_ENCODERS
 
-    def step(self):
-        """GiB of gradients and activations at their peak; None where the table does not know and nothing can count."""
-        a, (master, *_) = self.args, OPTIMIZERS[self.args.optimizer]
-        tokens = (
-            a.per_gpu_batch_size * a.num_frames * (a.width // self.scale) * (a.height // self.scale)
-        )
-        how = a.gradient_checkpointing, a.offload_activations
-        known = self.kind and look_up_step_memory(
-            self.kind, *how, tokens, master, a.mixed_precision
-        )
-        if known is None or self.kind == "full":
-            return known if known is not None or self.count is None else self.count(*how, master)
-        # an adapter's gradients are float32 in any case, and the table's LoRA has rank 16
-        own = (
-            {"lora": 16 * LORA_PARAMETERS_PER_RANK, "boxes": BOX_CONTROL_PARAMETERS}[self.kind]
-            * 4
-            / GIB
-        )
-        return known - own * (2 if a.mixed_precision == "no" else 1) + self.trained * 4 / GIB
-
-    def need(self, step=None):
-        """The Need of it; None where `step` is unknown."""
-        a = self.args
-        step = self.step() if step is None else step
-        if step is None:
-            return None
-        master, averages, _ = OPTIMIZERS[a.optimizer]
-        own = 2 if master == "bfloat16" else 4
-        gradients = self.trained * own / GIB
-        if a.gradient_accumulation_steps > 1:
-            step += gradients  # at most: the second batch's activations are made beside the first one's gradients
-        half = 4 if a.mixed_precision == "no" else 2
-        vae, vae_encoder, clip = self.encoders
-        vae_bytes = 2 if a.mixed_precision == "bf16" else 4  # fp16: SVD's VAE is kept out of it
-        at_hand = (vae * vae_bytes + clip * half) / GIB
-        resting = vae_encoder * vae_bytes / GIB if a.latent_cache else at_hand
-        pixels, latents = (
-            a.width * a.height / GIB,
-            a.num_frames * (a.width // self.scale) * (a.height // self.scale),
-        )
-        frames = (
-            1 if a.latent_cache else min(a.vae_encode_chunk, a.per_gpu_batch_size * a.num_frames)
-        )
-        decoding = DECODE * vae_bytes / 2 * min(a.decode_chunk_size, a.num_frames) * pixels
-        kib = CHUNKED_SAMPLING if a.gradient_checkpointing == "nested" else SAMPLING
-        sampling = (
-            (kib + BOXES_SAMPLING * hasattr(a, "max_objects")) * latents * half / 2 * 1024 / GIB
-        )
-        return MemoryNeed(
-            weights=(self.trained * own + (self.parameters - self.trained) * half) / GIB,
-            optimizer=self.trained * (averages + 4 * a.use_ema) / GIB,
-            encoders=resting, step=step, gradients=gradients,
-            encoding=ENCODE * vae_bytes / 2 * frames * pixels,
-            validation=(max(decoding, sampling) + at_hand - resting) * bool(a.validation_steps),
-        )  # fmt: skip
-
-    def changed(self, **flags):
-        """The same job with other flags."""
+    def with_flags(self, **flags: Any) -> TrainingJob:
+        """Return the same job with some flags changed."""
         return replace(self, args=argparse.Namespace(**{**vars(self.args), **flags}))
 
+    def tokens_per_clip(self) -> int:
+        """Return the number of latent pixels of one clip."""
+        width = self.args.width // self.vae_scale
+        height = self.args.height // self.vae_scale
+        return self.args.num_frames * width * height
 
-def fitting_cards(total):
-    """Those of CARDS that hold `total` GiB."""
+    def estimate_step(self) -> float | None:
+        """Return GiB of gradients and activations at their peak.
+
+        Return None if the table does not have this job and there is no `count_step`.
+        """
+        args = self.args
+        policy = args.gradient_checkpointing
+        offload = args.offload_activations
+        master = OPTIMIZERS[args.optimizer].weight_dtype
+        table_gib = None
+        if self.kind is not None:
+            tokens = args.per_gpu_batch_size * self.tokens_per_clip()
+            precision = args.mixed_precision
+            table_gib = look_up_step_memory(self.kind, policy, offload, tokens, master, precision)
+        if table_gib is None:
+            return None if self.count_step is None else self.count_step(policy, offload, master)
+        if self.kind == "full":
+            return table_gib
+        # Replace the gradients of the table's adapter by this one's. They are float32 in any
+        # precision, and look_up_step_memory has doubled the table's for float32.
+        table_trained = BOX_CONTROL_PARAMETERS
+        if self.kind == "lora":
+            table_trained = TABLE_LORA_RANK * LORA_PARAMETERS_PER_RANK
+        table_gradients = table_trained * 4 / GIB
+        float32_factor = 2 if args.mixed_precision == "no" else 1
+        return table_gib - table_gradients * float32_factor + self.num_trained * 4 / GIB
+
+    def estimate(self) -> MemoryNeed | None:
+        """Return the memory of this job, or None if that of a step is unknown."""
+        step = self.estimate_step()
+        return None if step is None else self.add_to_step(step)
+
+    def add_to_step(self, step: float) -> MemoryNeed:
+        """Return the memory of this job. step: GiB of gradients and activations at their peak."""
+        args = self.args
+        optimizer = OPTIMIZERS[args.optimizer]
+        trained_bytes = 2 if optimizer.weight_dtype == "bfloat16" else 4
+        frozen_bytes = 4 if args.mixed_precision == "no" else 2
+        vae_bytes = 2 if args.mixed_precision == "bf16" else 4  # SVD's VAE overflows in fp16
+
+        gradients = self.num_trained * trained_bytes / GIB
+        if args.gradient_accumulation_steps > 1:
+            # an upper bound: the second batch's activations are made beside the first one's
+            # gradients
+            step += gradients
+        optimizer_bytes = optimizer.moment_bytes
+        if args.use_ema:
+            optimizer_bytes += 4
+
+        encoders_on_gpu = (
+            self.encoders.vae * vae_bytes + self.encoders.clip * frozen_bytes
+        ) / GIB  # in validation, and in a step without a latent cache
+        encoders = encoders_on_gpu
+        frames_at_once = min(args.vae_encode_chunk, args.per_gpu_batch_size * args.num_frames)
+        if args.latent_cache:
+            encoders = self.encoders.vae_encoder * vae_bytes / GIB
+            frames_at_once = 1
+        gib_pixels = args.width * args.height / GIB  # pixels of a frame, in units of 2^30
+        encoding = ENCODE_BYTES_PER_PIXEL * vae_bytes / 2 * frames_at_once * gib_pixels
+
+        validation = 0.0
+        if args.validation_steps:
+            frames_decoded = min(args.decode_chunk_size, args.num_frames)
+            decoding = DECODE_BYTES_PER_PIXEL * vae_bytes / 2 * frames_decoded * gib_pixels
+            kib_per_token = SAMPLING_KIB_PER_TOKEN
+            if args.gradient_checkpointing == "nested":
+                kib_per_token = CHUNKED_SAMPLING_KIB_PER_TOKEN
+            if hasattr(args, "max_objects"):
+                kib_per_token += BOXES_SAMPLING_KIB_PER_TOKEN
+            sampling = kib_per_token * self.tokens_per_clip() * frozen_bytes / 2 * 1024 / GIB
+            validation = max(decoding, sampling) + encoders_on_gpu - encoders
+
+        num_frozen = self.num_parameters - self.num_trained
+        return MemoryNeed(
+            weights=(self.num_trained * trained_bytes + num_frozen * frozen_bytes) / GIB,
+            optimizer=self.num_trained * optimizer_bytes / GIB,
+            encoders=encoders,
+            gradients=gradients,
+            step=step,
+            encoding=encoding,
+            validation=validation,
+        )
+
+
+def fitting_cards(total: float) -> list[int]:
+    """Return those of CARD_SIZES that hold `total` GiB."""
     return [card for card in CARD_SIZES if total <= card * USABLE_FRACTION]
 
 
-# --------------------------------------------------------------------------------------------------------------- levers
+# --------------------------------------------------------------------------- flags that save memory
 
-# arithmetic of a step beside that without recomputing (counted, LoRA at 1024x576x25), and what else a lever costs (judged:
-# the cache must be made first, bf16 weights are rounded, copies to the CPU and back take time)
-COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.37, "nested": 1.82}
-CACHE_COST, BF16_COST, OFFLOAD_COST = 1.08, 1.15, 1.25
+# Arithmetic of a step relative to one that recomputes nothing: counted for a LoRA at 1024x576x25.
+POLICY_COST = {"none": 1, "level0": 1.18, "level01": 1.3, "blocks": 1.37, "nested": 1.82}
+# Other flags, judged: the cache has to be made first, bf16 weights are rounded, copies to the CPU
+# and back take time.
+FLAG_COST = {"latent_cache": 1.08, "optimizer": 1.15, "offload_activations": 1.25}
+DECODE_CHUNK_SIZES = (8, 4, 2, 1)
 
 
-def memory_plans(job):
-    """Jobs that give the same training with less memory, cheapest first: [(cost, changed flags, job)]. What the flags
-    already ask for is not taken back."""
-    a, found = job.args, []
+@dataclass
+class MemoryPlan:
+    """Flags that give the same training with less memory."""
+
+    cost: float  # relative to the flags of the fastest step
+    flags: dict[str, Any]  # those that differ from the job's own
+    job: TrainingJob  # with these flags
+
+
+@dataclass
+class FittingPlan:
+    """Flags to add so that a run fits, and what it then needs."""
+
+    flags: dict[str, Any]
+    need: MemoryNeed
+
+
+def memory_plans(job: TrainingJob) -> list[MemoryPlan]:
+    """Return the ways to run this job with as much or less memory, cheapest first.
+
+    They only add to the given flags. A latent cache is not proposed if boxes are drawn into the
+    frames, because a cache holds frames without boxes.
+    """
+    args = job.args
     policies = list(activation_checkpointing.POLICIES)
-    given = policies.index(a.gradient_checkpointing) if a.gradient_checkpointing in policies else 0
-    rounded = [a.optimizer] + ["adamw_bf16_sr"] * (
-        a.optimizer == "adamw" and a.mixed_precision == "bf16" and job.kind == "full"
-    )
-    can_cache = (
-        getattr(a, "draw_boxes", None) != "yes"
-    )  # frames with boxes drawn in are in no cache
-    for policy in policies[given:]:
-        for cached in {a.latent_cache, a.latent_cache or "CACHE" * can_cache or None}:
-            for optimizer in rounded:
-                for offload in {a.offload_activations, policy in ("blocks", "nested")}:
-                    told = dict(gradient_checkpointing=policy, latent_cache=cached, optimizer=optimizer, offload_activations=offload)  # fmt: skip
-                    flags = {k: v for k, v in told.items() if v != getattr(a, k)}
-                    costs = {
-                        "latent_cache": CACHE_COST,
-                        "optimizer": BF16_COST,
-                        "offload_activations": OFFLOAD_COST,
+    if args.gradient_checkpointing in policies:
+        policies = policies[policies.index(args.gradient_checkpointing) :]
+
+    caches = [args.latent_cache]
+    can_cache = getattr(args, "draw_boxes", None) != "yes"
+    if not args.latent_cache and can_cache:
+        caches.append("CACHE")
+
+    optimizers = [args.optimizer]
+    if args.optimizer == "adamw" and args.mixed_precision == "bf16" and job.kind == "full":
+        optimizers.append("adamw_bf16_sr")
+
+    plans = []
+    for policy in policies:
+        offloads = [args.offload_activations]
+        if policy in ("blocks", "nested") and not args.offload_activations:
+            offloads.append(True)
+        for cache in caches:
+            for optimizer in optimizers:
+                for offload in offloads:
+                    flags = {
+                        "gradient_checkpointing": policy,
+                        "latent_cache": cache,
+                        "optimizer": optimizer,
+                        "offload_activations": offload,
                     }
-                    cost = COST[policy] * np.prod([costs.get(name, 1) for name in flags])
-                    found.append((cost, flags, job.changed(**told)))
-    return sorted(found, key=lambda plan: (plan[0], len(plan[1])))
+                    plans.append(make_plan(job, flags))
+    return sorted(plans, key=lambda plan: (plan.cost, len(plan.flags)))
 
 
-def fit_to_budget(job, budget):
-    """(flags to add, Need) of the cheapest plan that needs at most `budget` GiB, or None. Where validation is what does not
-    fit it decodes fewer frames at once; where nothing else helps it is left out."""
-    chunks = [
-        {},
-        *({"decode_chunk_size": n} for n in (8, 4, 2, 1) if n < job.args.decode_chunk_size),
-    ]
-    for validations in (chunks, [{"validation_steps": 0}]):
-        for _, flags, plan in memory_plans(job):
-            step = plan.step()
-            for smaller in validations if step is not None else []:
-                need = plan.changed(**smaller).need(step)
+def make_plan(job: TrainingJob, flags: dict[str, Any]) -> MemoryPlan:
+    """Return the plan that sets these flags."""
+    changed = {name: value for name, value in flags.items() if value != getattr(job.args, name)}
+    flag_cost = math.prod(FLAG_COST.get(name, 1) for name in changed)
+    cost = POLICY_COST[flags["gradient_checkpointing"]] * flag_cost
+    return MemoryPlan(cost, changed, job.with_flags(**flags))
+
+
+def fit_to_budget(job: TrainingJob, budget: float) -> FittingPlan | None:
+    """Return the cheapest plan that needs at most `budget` GiB, or None.
+
+    If validation is what does not fit, it decodes fewer frames at once; if no plan helps, it is
+    left out.
+    """
+    smaller_chunks = [size for size in DECODE_CHUNK_SIZES if size < job.args.decode_chunk_size]
+    with_validation: list[dict[str, int]] = [{}]
+    with_validation += [{"decode_chunk_size": size} for size in smaller_chunks]
+    without_validation = [{"validation_steps": 0}]
+    plans = memory_plans(job)
+    for validation_choices in (with_validation, without_validation):
+        for plan in plans:
+            step = plan.job.estimate_step()
+            if step is None:
+                continue
+            for validation_flags in validation_choices:
+                need = plan.job.with_flags(**validation_flags).add_to_step(step)
                 if need.total <= budget:
-                    return {**flags, **smaller}, need
+                    return FittingPlan({**plan.flags, **validation_flags}, need)
     return None
 
 
-def format_flags(flags):
-    """Flags as they are typed."""
-    return " ".join(
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()
-    )
+def format_flags(flags: dict[str, Any]) -> str:
+    """Return flags as one types them in a shell."""
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return " ".join(words)
 
 
-def reduction_advice(job):
-    """What to ask less of, where no lever helps: one sentence."""
-    half = " Pass --mixed_precision bf16, or fp16 before Ampere." * (
-        job.args.mixed_precision == "no"
-    )
-    lora = "; or train a LoRA (train_svd_lora.py)" * (not hasattr(job.args, "lora_targets"))
-    return f"Lower --num_frames, or --width and --height{lora}.{half}"
+def reduction_advice(job: TrainingJob) -> str:
+    """Return what to reduce if no flag that keeps the training the same helps."""
+    advice = "Lower --num_frames, or --width and --height"
+    if not hasattr(job.args, "lora_targets"):
+        advice += "; or train a LoRA (train_svd_lora.py)"
+    advice += "."
+    if job.args.mixed_precision == "no":
+        advice += " Pass --mixed_precision bf16, or fp16 on GPUs older than Ampere."
+    return advice
 
 
-def memory_advice(job, budget):
-    """What to change so that it fits `budget` GiB: one sentence."""
-    found = fit_to_budget(job, budget)
-    if found is None:
+def memory_advice(job: TrainingJob, budget: float) -> str:
+    """Return one sentence that says which flags to add so that the job fits `budget` GiB."""
+    plan = fit_to_budget(job, budget)
+    if plan is None:
         return reduction_advice(job)
-    flags, need = found
-    made = " (made by cache_latents.py)" if "latent_cache" in flags else ""
-    return f"Add {format_flags(flags)}{made}: then it needs {need.total:.1f} GiB."
+    made_by = " (made by cache_latents.py)" if "latent_cache" in plan.flags else ""
+    return f"Add {format_flags(plan.flags)}{made_by}: then it needs {plan.need.total:.1f} GiB."
 
 
-# -------------------------------------------------------------------------------------------------------- in the trainer
+# -------------------------------------------------------------------------------- in a training run
 
 
-def job_of_model(args, unet, prepare_unet, pipe):
-    """The Job of a training whose model is at hand, as `prepare_unet` made it of the pipeline's UNet."""
-    names = [name for name, p in unet.named_parameters() if p.requires_grad]
-    live = [name for name, _ in unet.named_parameters() if unet_optimizations.has_effect(name)]
-    kind = None
-    if tuple(pipe.unet.config.block_out_channels) == SVD_CHANNELS:
-        if (
-            all(".lora_" in name for name in names)
-            and args.lora_targets == ["attention"]
-            and not args.use_dora
-        ):
-            kind = "lora"
-        elif all(name.startswith("adapter.") for name in names) and (
-            args.enhancer,
-            args.max_objects,
-        ) == ("carry", 8):
-            kind = "boxes"
-        elif names == live:
-            kind = "full"
-    vae = pipe.vae
-    sizes = [
-        sum(p.numel() for p in module.parameters())
-        for module in (vae, vae.encoder, pipe.image_encoder)
-    ]
-    parameters, scale = dict(unet.named_parameters()), 2 ** (len(vae.config.block_out_channels) - 1)
+def job_of_model(
+    args: argparse.Namespace, unet: Any, prepare_unet: Callable[..., Any], pipe: Any
+) -> TrainingJob:
+    """Return the job of a model that is loaded.
+
+    unet: the model that is trained, which `prepare_unet` made of `pipe.unet`.
+    """
+    from svd_xtend.training.memory_count import step_counter
+
+    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+    trained = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+    vae_scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     return TrainingJob(
-        args, kind, sum(parameters[name].numel() for name in names), sum(p.numel() for p in parameters.values()),
-        cache(lambda *how: count_step_memory(pipe.unet.config, prepare_unet, args, *how, scale)[1]), scale, tuple(sizes),
-    )  # fmt: skip
+        args,
+        kind_of_model(args, pipe.unet, list(sizes), trained),
+        num_trained=sum(sizes[name] for name in trained),
+        num_parameters=sum(sizes.values()),
+        count_step=step_counter(pipe.unet.config, prepare_unet, args, vae_scale),
+        vae_scale=vae_scale,
+        encoders=EncoderSizes(
+            vae=count_parameters(pipe.vae),
+            vae_encoder=count_parameters(pipe.vae.encoder),
+            clip=count_parameters(pipe.image_encoder),
+        ),
+    )
 
 
-def free_memory(device):
-    """GiB that are free on a device."""
+def kind_of_model(
+    args: argparse.Namespace, stock_unet: Any, names: list[str], trained: list[str]
+) -> str | None:
+    """Return the kind of the table that trains exactly these parameters, or None.
+
+    names: of all parameters. trained: names of those that are trained.
+    """
+    if tuple(stock_unet.config.block_out_channels) != SVD_CHANNELS:
+        return None
+    if all(".lora_" in name for name in trained):
+        if args.lora_targets == ["attention"] and not args.use_dora:
+            return "lora"
+    if all(name.startswith("adapter.") for name in trained):
+        if args.enhancer == "carry" and args.max_objects == 8:
+            return "boxes"
+    if trained == [name for name in names if unet_optimizations.has_effect(name)]:
+        return "full"
+    return None
+
+
+def count_parameters(module: torch.nn.Module, trained_only: bool = False) -> int:
+    """Return the number of parameters of a module, or of those that are trained."""
+    total = 0
+    for parameter in module.parameters():
+        if parameter.requires_grad or not trained_only:
+            total += parameter.numel()
+    return total
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the GiB that are free on a GPU, or in the machine if the device is a CPU."""
     import psutil
     import torch
 
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    ) / GIB
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    return free / GIB
 
 
-def choose_policy(job, device):
-    """The first of the checkpointing policies, which go from the fastest to the smallest, that fits the free memory."""
+def choose_policy(job: TrainingJob, device: torch.device) -> str:
+    """Return the fastest policy of --gradient_checkpointing that fits the free memory.
+
+    If none fits, log a warning and return the one that needs least.
+    """
     free = free_memory(device)
-    for policy in activation_checkpointing.POLICIES:
-        need = job.changed(gradient_checkpointing=policy).need()
-        if need.total <= free:
+    for policy in activation_checkpointing.POLICIES:  # from the fastest to the smallest
+        need = job.with_flags(gradient_checkpointing=policy).estimate()
+        assert need is not None  # a job of a loaded model counts what the table does not have
+        needed = need.total
+        if needed <= free:
             break
     logger.info(
-        "--gradient_checkpointing auto: %s, which needs %.2f of %.1f GiB", policy, need.total, free
+        "--gradient_checkpointing auto: chose %s, which needs %.2f of %.1f GiB of free memory",
+        policy,
+        needed,
+        free,
     )
-    if need.total > free:
-        logger.warning("that is too much; going on. %s", memory_advice(job, free))
+    if needed > free:
+        advice = memory_advice(job, free)
+        logger.warning("this is more than is free; training starts anyway. %s", advice)
     return policy
 
 
 class MemoryMonitor:
-    """The memory of a run: predicted at its start, measured, explained where there is not enough.
+    """Predict the memory of a run at its start, measure it, and explain an out-of-memory error.
 
-    Resolves `--gradient_checkpointing auto` in args. From then on an uncaught out-of-memory error ends with one message."""
+    policy: of --gradient_checkpointing, with `auto` resolved. From the creation of this object on,
+    an uncaught out-of-memory error ends with one message that says which flags to add.
+    """
 
-    def __init__(self, args, unet, prepare_unet, pipe, device):
-        self.job, self.device, self.steps, self.between = (
-            job_of_model(args, unet, prepare_unet, pipe),
-            device,
-            0.0,
-            0.0,
-        )
-        if args.gradient_checkpointing == "auto":
-            args.gradient_checkpointing = choose_policy(self.job, device)
-        logger.info(
-            "training %.2f M of %.2f M parameters",
-            self.job.trained / 1e6,
-            self.job.parameters / 1e6,
-        )
-        self.need = replace(
-            self.job, count=None
-        ).need()  # the table alone: to count would hold the run up
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        unet: Any,
+        prepare_unet: Callable[..., Any],
+        pipe: Any,
+        device: torch.device,
+    ) -> None:
+        self.job = job_of_model(args, unet, prepare_unet, pipe)
+        self.device = device
+        self.step_peak = 0.0  # GiB, largest of all steps
+        self.other_peak = 0.0  # GiB, largest outside of steps, for example in validation
+        self.policy = args.gradient_checkpointing
+        if self.policy == "auto":
+            self.policy = choose_policy(self.job, device)
+            self.job = self.job.with_flags(gradient_checkpointing=self.policy)
+        # from the table alone, because counting would delay the run
+        self.need = replace(self.job, count_step=None).estimate()
+        self.log_prediction()
+        self.previous_excepthook = sys.excepthook
+        sys.excepthook = self.handle_exception
+
+    def log_prediction(self) -> None:
+        """Log the numbers of parameters and the predicted memory."""
+        num_trained, num_parameters = self.job.num_trained, self.job.num_parameters
+        logger.info("training %.2f M of %.2f M parameters", num_trained / 1e6, num_parameters / 1e6)
         if self.need:
-            fitting = fitting_cards(self.need.total)
-            logger.info("memory: %.1f GiB predicted at the peak, %.1f with a GPU's overhead; %s", self.need.peak,
-                        self.need.total, f"fits {fitting[0]} GB" if fitting else "fits no single card")  # fmt: skip
-        elif device.type == "cuda":
+            cards = fitting_cards(self.need.total)
+            fits = f"fits {cards[0]} GB" if cards else "fits no single GPU"
             logger.info(
-                "memory: no instant prediction for this model and these flags; estimate_memory.py counts it"
+                "memory: %.1f GiB predicted at the peak, %.1f with a GPU's overhead; %s",
+                self.need.peak,
+                self.need.total,
+                fits,
             )
-        before = sys.excepthook
-        sys.excepthook = lambda kind, error, trace: (
-            before(kind, error, trace) or self.explain(error)
-        )
+        elif self.device.type == "cuda":
+            logger.info("memory: run estimate_memory.py for a prediction for this model and flags")
 
-    def peak(self):
-        """GiB allocated at most since this was last asked; 0 on a CPU."""
+    def take_peak(self) -> float:
+        """Return the largest GiB allocated since the last call, 0 on a CPU."""
         import torch
 
         if self.device.type != "cuda":
@@ -422,229 +581,64 @@ class MemoryMonitor:
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
-    def begin_step(self):
-        """The time; what was at most until here, in validation for one, is not this step's."""
-        self.between = max(self.between, self.peak())
+    def begin_step(self) -> float:
+        """Return the time at which a step begins, and separate its memory from what came before."""
+        self.other_peak = max(self.other_peak, self.take_peak())
         return time.perf_counter()
 
-    def end_step(self):
-        """GiB that the step had at most."""
-        peak = self.peak()
-        self.steps = max(self.steps, peak)
+    def end_step(self) -> float:
+        """Return the largest GiB allocated in the step, 0 on a CPU."""
+        peak = self.take_peak()
+        self.step_peak = max(self.step_peak, peak)
         return peak
 
-    def report(self):
-        """Log what was measured, on a GPU."""
-        self.between = max(self.between, self.peak())
-        if self.steps:
-            told = f"; {self.need.peak:.1f} were predicted" if self.need else ""
-            logger.info(
-                "memory: at most %.1f GiB in a step, %.1f beside steps%s",
-                self.steps,
-                self.between,
-                told,
-            )
+    def report(self) -> None:
+        """Log what was measured beside the prediction, if the run is on a GPU."""
+        self.other_peak = max(self.other_peak, self.take_peak())
+        if not self.step_peak:
+            return
+        predicted = f"; {self.need.peak:.1f} were predicted" if self.need else ""
+        logger.info(
+            "memory: at most %.1f GiB in a step, %.1f outside of steps%s",
+            self.step_peak,
+            self.other_peak,
+            predicted,
+        )
 
-    def explain(self, error):
-        """Where memory ran out, one message as the last: what was there, what was predicted, which flags need less."""
+    def handle_exception(self, kind: Any, error: BaseException, trace: Any) -> None:
+        """Print an uncaught exception, and explain it if memory ran out; a `sys.excepthook`."""
         import torch
-        from tqdm import tqdm
 
+        self.previous_excepthook(kind, error, trace)
         # the CPU's allocator raises a plain RuntimeError
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            for bar in list(
-                getattr(tqdm, "_instances", [])
-            ):  # private; or they are drawn below the message
-                bar.close()
-            logger.error(self.out_of_memory(str(error)))
+            close_progress_bars()
+            logger.error(self.out_of_memory_message(str(error)))
 
-    def out_of_memory(self, error):
-        """That message."""
+    def out_of_memory_message(self, error: str) -> str:
+        """Return what was asked for, what was there, what was predicted, and which flags to add."""
         import torch
 
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
-        need = self.need or self.job.need()
-        budget = 0.97 * need.total  # less than was asked for, and not more than there is
-        told = [f"Out of memory on {self.device}" + (f", for {asked[1]} more" if asked else "")]
+        need = self.need or self.job.estimate()
+        assert need is not None  # a job of a loaded model counts what the table does not have
+        budget = 0.97 * need.total  # less than this job, which did not fit
+        message = f"Out of memory on {self.device}"
+        request = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
+        if request:
+            message += f", when {request[1]} more were requested"
         if self.device.type == "cuda":
-            allocated, reserved = (
-                torch.cuda.memory_allocated(self.device),
-                torch.cuda.memory_reserved(self.device),
-            )
-            told.append(f"{allocated / GIB:.1f} GiB were allocated, {reserved / GIB:.1f} reserved")
-            budget = min(budget, USABLE_FRACTION * torch.cuda.mem_get_info(self.device)[1] / GIB)
-        told.append(
-            f"a peak of {need.peak:.1f} GiB is predicted, {need.total:.1f} with a GPU's overhead"
-        )
-        return (
-            "; ".join(told) + f". {memory_advice(self.job, budget)} The last checkpoint is whole."
-        )
+            allocated = torch.cuda.memory_allocated(self.device) / GIB
+            reserved = torch.cuda.memory_reserved(self.device) / GIB
+            message += f"; {allocated:.1f} GiB were allocated and {reserved:.1f} GiB reserved"
+            _, on_device = torch.cuda.mem_get_info(self.device)
+            budget = min(budget, USABLE_FRACTION * on_device / GIB)
+        message += f". The predicted peak is {need.peak:.1f} GiB, {need.total:.1f} with overhead."
+        return f"{message} {memory_advice(self.job, budget)} The last checkpoint is complete."
 
 
-# ------------------------------------------------------------------------------------------------------------ the count
+def close_progress_bars() -> None:
+    """Close tqdm's bars, which would be drawn again below the last message."""
+    from tqdm import tqdm
 
-
-def LiveBytes():
-    """A TorchDispatchMode that knows the bytes of all storages that are alive, `now` and at their `peak`, rounded up to the
-    512 of CUDA's allocator."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class LiveBytes(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.now, self.peak, self.known = 0, 0, {}
-
-        def watch(self, tensor):
-            """Count a tensor's storage until it is freed."""
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
-            if key not in self.known:
-                self.known[key] = weakref.ref(storage, lambda _: self.forget(key)), size
-                self.now += size
-                self.peak = max(self.peak, self.now)
-
-        def forget(self, key):
-            _, size = self.known.pop(key, (None, 0))
-            self.now -= size
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for leaf in tree_leaves(out):
-                if hasattr(leaf, "untyped_storage"):
-                    self.watch(leaf)
-            return out
-
-    return LiveBytes()
-
-
-def make_fake_model(config, prepare, args, policy, master="float32"):
-    """(UNet, model) as a trainer has them, of tensors without data; inside a FakeTensorMode."""
-    from unittest.mock import patch
-
-    import torch
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    # files hold data; random numbers are never drawn
-    told = argparse.Namespace(**{**vars(args), "tracklet_weights": None, "lora": None, "seed": 0})
-    unet = unet_optimizations.speed_up(
-        UNetSpatioTemporalConditionModel.from_config(config).requires_grad_(False)
-    )
-    with patch.object(
-        torch.nn.Module, "to", lambda module, *_, **__: module
-    ):  # peft; nothing has to move
-        model = prepare(unet, told)
-    activation_checkpointing.checkpoint_activations(model, policy)
-    set_precision(model, unet, compute_dtype(args.mixed_precision), getattr(torch, master))
-    return unet, model.train()
-
-
-def make_fake_inputs(unet, args, scale=8):
-    """(positional, keyword) arguments of a UNet, `cond` of box control where it has that."""
-    import torch
-
-    b, f, h, w = args.per_gpu_batch_size, args.num_frames, args.height // scale, args.width // scale
-    x = [
-        torch.randn(shape)
-        for shape in ((b, f, 8, h, w), (b,), (b, 1, unet.config.cross_attention_dim), (b, 3))
-    ]
-    slots = getattr(args, "max_objects", 0)
-    valid = torch.zeros(b, f, slots)
-    boxes = {
-        "boxes": torch.rand(b, f, slots, 4),
-        "valid": valid,
-        "hard": valid.clone(),
-        "colors": torch.rand(b, slots, 3),
-    }
-    return x, boxes if slots else {}
-
-
-def count_step_memory(config, prepare, args, policy, offload=False, master="float32", scale=8):
-    """(GiB of weights, GiB of gradients and activations where they are most) of a training step of a UNet of this
-    configuration; args as a trainer has them. Takes seconds, and no memory to speak of."""
-    from torch._subclasses.fake_tensor import (
-        FakeTensorMode,  # private, but torch's own way to run without data
-    )
-
-    with FakeTensorMode():
-        unet, model = make_fake_model(config, prepare, args, policy, master)
-        x, cond = make_fake_inputs(unet, args, scale)
-        live = LiveBytes()
-        for tensor in [*model.parameters(), *model.buffers(), *x, *cond.values()]:
-            live.watch(tensor)
-        weights = live.now
-        with live:
-            with offload_uncounted(live, model) if offload else contextlib.nullcontext():
-                loss = model(*x, **cond).sample.float().square().mean()
-            loss.backward()
-    return weights / GIB, (live.peak - weights) / GIB
-
-
-def offload_uncounted(live, model):
-    """fast_unet.offloaded for the count, which then leaves out what is on the CPU."""
-    import torch
-
-    pack, unpack = activation_checkpointing.offload_hooks(model)
-
-    def pack_uncounted(tensor):
-        peak, kept = live.peak, pack(tensor)
-        if kept[1] is not None:
-            live.forget(kept[0].untyped_storage()._cdata)
-            live.peak = peak
-        return kept
-
-    return torch.autograd.graph.saved_tensors_hooks(pack_uncounted, unpack)
-
-
-def prepare_full(unet, args):
-    for name, p in unet.named_parameters():
-        p.requires_grad_(unet_optimizations.has_effect(name))
-    return unet
-
-
-def prepare_lora(unet, args):
-    from svd_xtend.models.lora import inject_lora
-
-    return inject_lora(unet, 16, 16, ["attention"])
-
-
-def prepare_boxes(unet, args):
-    from svd_xtend.models.box_control import ControlledUNet, new_box_control
-
-    return ControlledUNet(unet, new_box_control(unet))
-
-
-PREPARE_BY_KIND = {"full": prepare_full, "lora": prepare_lora, "boxes": prepare_boxes}
-
-
-def svd_config():
-    """The configuration of SVD's UNet: diffusers' defaults."""
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    told = inspect.signature(UNetSpatioTemporalConditionModel.__init__).parameters
-    return {name: p.default for name, p in told.items() if name != "self"}
-
-
-def count_kind_memory(kind, policy, offload, width, height, frames, clips=1, precision="bf16"):
-    """count_step of SVD's own UNet; kind: one of KINDS, or full_bf16."""
-    args = argparse.Namespace(width=width, height=height, num_frames=frames, per_gpu_batch_size=clips,
-                              mixed_precision=precision, max_objects=8 * (kind == "boxes"))  # fmt: skip
-    master = "bfloat16" if kind == "full_bf16" else "float32"
-    return count_step_memory(
-        svd_config(), PREPARE_BY_KIND[kind.removesuffix("_bf16")], args, policy, offload, master
-    )
-
-
-def main():
-    """Print STEP, counted anew."""
-    for kind in ("full", "full_bf16", "lora", "boxes"):
-        for policy in activation_checkpointing.POLICIES:
-            for offload in (False, True) if policy in ("blocks", "nested") else (False,):
-                row = [
-                    f"{count_kind_memory(kind, policy, offload, *size)[1]:.3f}" for size in SIZES
-                ]
-                print(f'    ("{kind}", "{policy}", {offload}): ({", ".join(row)}),', flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    for bar in list(getattr(tqdm, "_instances", [])):  # private
+        bar.close()
