@@ -135,7 +135,8 @@ class DummyDataset:
             clip = self.clips.picture(clip_index)
             num_frames = 1
         fps = clip.metadata["fps"]
-        start = np.random.default_rng((self.seed, index)).integers(clip.num_starts(num_frames, fps))
+        rng = np.random.default_rng((self.seed, index))
+        start = int(rng.integers(clip.num_starts(num_frames, fps)))
         frame_indices = clip.frame_indices(start, num_frames, fps)
         return {**self.read_window(clip, frame_indices, index), **clip.metadata}
 
@@ -145,11 +146,12 @@ class DummyDataset:
         Override this to add to an item. A `control` entry, a dict of arrays, reaches the model as
         keyword arguments.
         """
+        width, height = clip.size or (self.spec.width, self.spec.height)
         if self.latent_cache:
-            pixels = clip.read(frame_indices[:1], *clip.size, self.spec.resize_mode)
+            pixels = clip.read(frame_indices[:1], width, height, self.spec.resize_mode)
             cached = latent_cache.read_cached_window(self.latent_cache, clip, frame_indices)
         else:
-            pixels = clip.read(frame_indices, *clip.size, self.spec.resize_mode)
+            pixels = clip.read(frame_indices, width, height, self.spec.resize_mode)
             cached = {}
         return {"pixel_values": rearrange(pixels, "f h w c -> f c h w"), **cached}
 

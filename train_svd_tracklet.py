@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svd_xtend.data import annotations, sampler, tracklets
+from svd_xtend.data import sampler, tracklets
+from svd_xtend.data.annotations import find_clip_tracklets, find_picture_tracklets
 from svd_xtend.data.clip import Clip, ClipSpec, load_picture
 from svd_xtend.data.sampler import ClipCollection, ClipSampler
 from svd_xtend.data.tracklets import Tracklets
@@ -115,7 +116,7 @@ class TrackletDataset(DummyDataset):
         """Return the tracklets of all frames of a video, and the size (width, height) of these."""
         size = clip.picture_size()
         in_base_folder = clip.path.parent in map(Path, self.args.base_folder)
-        boxes = annotations.find_clip_tracklets(
+        boxes = find_clip_tracklets(
             clip.path,
             self.args.tracklets,
             size,
@@ -128,10 +129,12 @@ class TrackletDataset(DummyDataset):
         args = self.args
         rng = np.random.default_rng((self.seed, index, 1))
         all_boxes, size = self.boxes_of(clip)
+        width, height = clip.size or (self.spec.width, self.spec.height)
         boxes = tracklets.fit_to_picture(
             all_boxes,
             size,
-            *clip.size,
+            width,
+            height,
             self.spec.resize_mode,
             frame_indices,
             args.max_objects,
@@ -211,15 +214,13 @@ def validation_boxes(
     size = load_picture(validation_input.image).size
     if args.validation_tracklets:
         file = args.validation_tracklets[position]
-        boxes = annotations.find_picture_tracklets(file, validation_input.image, size)
-        frame_indices = range(args.num_frames)
+        boxes = find_picture_tracklets(file, validation_input.image, size)
+        frame_indices = list(range(args.num_frames))
     else:
-        frame_indices = validation_input.frames or range(args.num_frames)
+        frame_indices = validation_input.frames or list(range(args.num_frames))
         clip = Path(validation_input.clip or validation_input.image).absolute()
         in_base_folder = clip.parent in [Path(folder).absolute() for folder in args.base_folder]
-        boxes = annotations.find_clip_tracklets(
-            clip, args.tracklets, size, is_only_video=in_base_folder
-        )
+        boxes = find_clip_tracklets(clip, args.tracklets, size, is_only_video=in_base_folder)
     if not boxes:
         return boxes
     return tracklets.fit_to_picture(
