@@ -31,7 +31,7 @@ from torch.testing._internal.distributed.fake_pg import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svd_xtend.demo.tiny_svd import build_unet
-from svd_xtend.training import distributed, memory_estimate
+from svd_xtend.training import distributed, memory_count
 
 GIB = 2**30
 STRATEGIES = ("DDP", "ZeRO-2", "FSDP2")
@@ -60,7 +60,7 @@ class Collectives(TorchDispatchMode):
 
 def config_of(model):
     """Of SVD's UNet, or of the embedded one."""
-    return memory_estimate.svd_config() if model == "svd" else build_unet().config
+    return memory_count.svd_config() if model == "svd" else build_unet().config
 
 
 def count(method, gpus, model="svd"):
@@ -72,18 +72,18 @@ def count(method, gpus, model="svd"):
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     mesh = init_device_mesh("cpu", (gpus,))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet, whole = memory_estimate.make_fake_model(
-            config, memory_estimate.PREPARE_BY_KIND[method], told, "blocks"
+        unet, whole = memory_count.make_fake_model(
+            config, memory_count.PREPARE_BY_KIND[method], told, "blocks"
         )
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         frozen = sum(
             p.numel() * p.element_size() for p in whole.parameters() if not p.requires_grad
         )
         for module in reversed(list(whole.modules())):  # as accelerate does it, children first
-            if type(module).__name__ in distributed.SHARDED or module is whole:
+            if type(module).__name__ in distributed.FSDP_UNITS or module is whole:
                 fully_shard(module, mesh=mesh)
         own = [(p.to_local(), p.requires_grad) for p in whole.parameters()]
-        x, cond = memory_estimate.make_fake_inputs(unet, told)
+        x, cond = memory_count.make_fake_inputs(unet, told)
         with Collectives() as seen:
             whole(*x, **cond).sample.float().square().mean().backward()
     dist.destroy_process_group()
@@ -135,7 +135,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--method",
         nargs="+",
-        choices=list(memory_estimate.PREPARE_BY_KIND),
+        choices=list(memory_count.PREPARE_BY_KIND),
         default=["full", "lora"],
         help="default: full lora",
     )
