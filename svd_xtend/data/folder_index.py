@@ -1,399 +1,571 @@
-"""What a --base_folder holds, video folders, video files and pictures: the same for ten of them and for a million.
+"""Index the clips of a base folder: video folders, video files and pictures, ten or a million.
 
-    listing = Listing("/data/a")
-    listing.fill(motions=True)               # look into those that were not looked into yet
-    listing.clip(3)                          # its frames by number; listing.note(3): what else is known of it
+    index = FolderIndex("/data/a")
+    index.inspect(motions=True)              # open the videos and measure motion, once
+    index.clip(3, rate=7)                    # the fourth clip as a clip.Clip
+    index.note(3)                            # what else is known about it: caption, scene cuts, ...
 
-Folders are listed once, and what is in them is looked at once. What was found is kept in one file of ~/.cache/svd_xtend for each, by
-which the next start asks only for what has changed since, and which loader processes read from where it lies instead of copying it.
+The index is a pyarrow table, kept as one Feather (Arrow IPC) file per base folder in
+~/.cache/svd_xtend. The next start asks the file system only which clips have changed, and lists
+those again. The file is memory-mapped, so that all loader processes of a machine share its pages
+instead of copying them.
 """
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
 import socket
 import time
 import zlib
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from svd_xtend.data import images, video_decode
 from svd_xtend.data.clip import Clip, parse_clip_metadata, read_clip_json
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 logger = logging.getLogger("svd_xtend")
 
-FORMAT = 2  # of an index: one of another is not read
-SETTLED = 2e9  # nanoseconds; what is younger may change again without a later time of change
-THREADS = 8  # that wait for a network file system
-SAVED_EVERY = 60  # seconds of looking that a killed run can lose
-FRAME_FOLDER, VIDEO_FILE, PICTURE, TEXT_FILE = range(
-    4
-)  # kinds: a folder of frames, a video file, a picture; what tells of them
-TEXTS = {".txt", ".json", ".jsonl", ".csv", ".md"}
-DEFAULT_SOURCE_FPS = 7  # frames a second of a folder that does not tell, where nobody does
-COLUMNS = {  # of an index, one value a clip: type, and what stands there until it is known
-    "counts": (np.int32, 0), "rates": (np.float64, np.nan), "buckets": (np.float32, np.nan), "widths": (np.int32, 0),
-    "heights": (np.int32, 0), "motions": (np.float32, np.nan), "looked": (bool, False), "checked": (bool, False),
-    "jsons": (np.int64, 0),
-}  # fmt: skip
+# Kinds of entries of a base folder. The first three are clips; a text file describes the clip
+# beside it.
+FRAME_FOLDER = 0
+VIDEO_FILE = 1
+PICTURE = 2
+TEXT_FILE = 3
+TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".md"}
+
+DEFAULT_SOURCE_FPS = 7  # frames per second of a folder without frame-rate metadata
+FORMAT = 3  # version of the index file; files of another version are not read
+SETTLED = 2e9  # nanoseconds after which a second change surely has a later time of change
+UNSETTLED = -1  # change stamp of a clip that changed too recently to trust its time of change
+LISTING_THREADS = 8  # more than there are cores: they wait for a network file system
+CLIPS_PER_TASK = 100  # listing one folder is quicker than handing it to a thread
+SAVED_EVERY = 60  # seconds of inspection that a killed run can lose
+
+# The columns of the index, one row per clip. 0, NaN or False: not known (yet). File names are
+# bytes, because not every file system holds to UTF-8; offsets have 64 bits, because the frame names
+# of a million clips may exceed 2 GiB.
+SCHEMA = pa.schema(
+    {
+        "name": pa.large_binary(),  # of the folder or file
+        "frames": pa.large_list(pa.large_binary()),  # names of a folder's frames, in natural order
+        "note": pa.large_string(),  # JSON; see FolderIndex.note
+        "kinds": pa.uint8(),  # FRAME_FOLDER, VIDEO_FILE or PICTURE
+        "counts": pa.int32(),  # frames
+        "rates": pa.float64(),  # frames per second
+        "motion_buckets": pa.float32(),  # motion_bucket_id of the metadata
+        "widths": pa.int32(),  # pixels
+        "heights": pa.int32(),  # pixels
+        "motions": pa.float32(),  # motion.clip_motion: picture lengths per second
+        "inspected": pa.uint8(),  # bool: the video file was opened
+        "fully_decoded": pa.uint8(),  # bool: every frame was decoded
+        "unusable": pa.uint8(),  # bool: the note has the reason as `trouble`
+        "clip_json_times": pa.int64(),  # time of change of <folder>/clip.json, nanoseconds
+        "stamps": pa.int64(),  # FileState.stamp
+    }
+)
+TEXT_COLUMNS = ("name", "frames", "note")
+BOOL_COLUMNS = ("inspected", "fully_decoded", "unusable")
 
 
-def metadata_rows(root):
-    """{name: lines of metadata.jsonl at the root that are about that clip}, as Hugging Face's data sets have it."""
-    file, found = Path(root, "metadata.jsonl"), {}
+def read_metadata_lines(root: str | os.PathLike) -> dict[str, list[str]]:
+    """Return {clip name: its lines of <root>/metadata.jsonl}.
+
+    The file has the format of Hugging Face's video data sets. Raises ValueError with the number of
+    the first line that is no metadata.
+    """
+    file = Path(root, "metadata.jsonl")
+    lines_of_clip: dict[str, list[str]] = {}
     if not file.is_file():
-        return found
-    for i, line in enumerate(images.read_bytes(file).decode("utf-8", "replace").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                parse_clip_metadata(row)
-                found.setdefault(str(row["file_name"]).strip("/"), []).append(line)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                expected = '{"file_name": "a.mp4", "caption": "a dog"}'
-                raise ValueError(
-                    f"{file}: line {i}: expected {expected}, got: {error!r}"
-                ) from error
-    return found
+        return lines_of_clip
+    text = images.read_bytes(file).decode("utf-8", "replace")
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            parse_clip_metadata(record)
+            name = str(record["file_name"]).strip("/")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            expected = '{"file_name": "a.mp4", "caption": "a dog"}'
+            raise ValueError(
+                f"{file}: line {number}: expected {expected}, got: {error!r}"
+            ) from error
+        lines_of_clip.setdefault(name, []).append(line)
+    return lines_of_clip
 
 
-def read_metadata(root):
-    """{name: {fps, motion_bucket_id, caption}, those that metadata.jsonl tells of that clip}."""
+def read_metadata(root: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Return {clip name: its metadata} of <root>/metadata.jsonl.
+
+    The metadata holds those of `fps`, `motion_bucket_id` and `caption` that the line has. If
+    several lines are about one clip, the last counts.
+    """
     return {
-        name: parse_clip_metadata(json.loads(rows[-1]))
-        for name, rows in metadata_rows(root).items()
+        name: parse_clip_metadata(json.loads(lines[-1]))
+        for name, lines in read_metadata_lines(root).items()
     }
 
 
+@dataclass(slots=True)
+class FileState:
+    """Describe a clip as far as the file system does without opening it.
+
+    Times are in nanoseconds; 0: no such file.
+    """
+
+    kind: int
+    change_time: int
+    size: int = 0  # bytes of a file
+    caption_time: int = 0
+    clip_json_time: int = 0
+    metadata_checksum: int = 0  # of its line in metadata.jsonl
+
+    def stamp(self, now: int) -> int:
+        """Return a number that changes with the clip, or UNSETTLED if it changed just before `now`.
+
+        A file system counts time in steps: what has just changed may change again without a later
+        time of change.
+        """
+        last_change = max(self.change_time, self.caption_time, self.clip_json_time)
+        if now - last_change <= SETTLED:
+            return UNSETTLED
+        state = (
+            self.kind,
+            self.change_time,
+            self.size,
+            self.caption_time,
+            self.clip_json_time,
+            self.metadata_checksum,
+        )
+        return hash(state)  # Python salts the hashes of strings, not those of integers
+
+
+@dataclass
+class FolderScan:
+    """Describe what one pass over a base folder found."""
+
+    clips: dict[str, FileState] = field(default_factory=dict)  # by name
+    text_times: dict[str, int] = field(default_factory=dict)  # time of change of each text file
+    stray: list[tuple[str, str]] = field(default_factory=list)  # (name, why it is no clip)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)  # of metadata.jsonl
+
+
+def scan_folder(root: Path, with_clip_json: set[str]) -> FolderScan:
+    """List a base folder without opening what is in it.
+
+    with_clip_json: names of folders known to hold a clip.json.
+    """
+    scan = FolderScan(metadata=read_metadata(root))
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                kind = kind_of(entry)
+                status = entry.stat()
+            except OSError as error:  # circular or broken links
+                scan.stray.append((entry.name, error.strerror or str(error)))
+                continue
+            if kind is None:
+                scan.stray.append((entry.name, "is no picture, video or folder"))
+            elif kind == TEXT_FILE:
+                scan.text_times[entry.name] = status.st_mtime_ns
+            elif kind == FRAME_FOLDER:
+                scan.clips[entry.name] = FileState(kind, status.st_mtime_ns)
+            else:
+                scan.clips[entry.name] = FileState(kind, status.st_mtime_ns, status.st_size)
+    for name, state in scan.clips.items():
+        if scan.text_times:
+            state.caption_time = scan.text_times.get(caption_file_name(name, state.kind), 0)
+        if name in scan.metadata:
+            state.metadata_checksum = zlib.crc32(repr(scan.metadata[name]).encode())
+        if name in with_clip_json:
+            with contextlib.suppress(OSError):  # removed, so that the folder has changed, too
+                state.clip_json_time = os.stat(os.path.join(root, name, "clip.json")).st_mtime_ns
+    return scan
+
+
 class FolderIndex:
-    """The clips of one base folder, in natural order.
+    """The clips of one base folder, in natural order of their names.
 
-    arrays: of each clip its kind, `counts` of frames, `rates` (frames a second; NaN: a folder that does not tell), told
-    `buckets` (NaN: none), `widths` and `heights` (0: not looked at), `motions` (motion.score; NaN: not looked at), `looked`: a
-    video file that was, `checked`: one whose every frame was decoded; `stamps` tell whether it has changed, `jsons` when its
-    clip.json did. `names`, `frames` (those of a folder, joined by "/") and `notes` (JSON) lie one after the other, each up to
-    its place in `name_ends`, `frame_ends`, `note_ends`. stray: [(name, why it is no clip)]. used: a mask of the clips that are, or
-    True."""
+    arrays: {column: numpy array (clips,)} of the numeric columns of SCHEMA, read-only views of the
+    mapped file.
+    stray: [(name, reason)] of entries that are no clips. used: mask (clips,) of the clips that may
+    be used, or True for all.
 
-    def __init__(self, root):
-        self.root, self.file, self.used = Path(root), index_file(root), True
+    Raises ValueError if the folder does not exist, or if its metadata.jsonl cannot be parsed.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(
-                f"--base_folder {root}: no such folder. Expected {root}/<video>/<frame>.jpg, or .mp4 files"
+                f"--base_folder {root}: no such folder. "
+                f"Expected {root}/<video>/<frame>.jpg, or .mp4 files"
             )
-        self.arrays = load_index(self.file)
+        self.file = index_file(root)
+        self.used: np.ndarray | bool = True
+        stored = load_index(self.file)
+        self.attach(empty_table() if stored is None else stored)
+
         names = self.names()
-        jsons, stamps = (
-            (self.arrays[k].tolist() for k in ("jsons", "stamps")) if names else ((), ())
-        )
-        self.metadata = read_metadata(self.root)
-        found = self.scan({name for name, time in zip(names, jsons) if time})
-        same = [
-            s != -1 and n in found and change_stamp(*found[n]) == s for n, s in zip(names, stamps)
-        ]
-        known = {name: i for i, name in enumerate(names) if same[i]}
-        if self.arrays is None or not len(known) == len(found) == len(names):
-            self.keep(self.list_changed(found, known))
-        del self.metadata, self.texts
+        clip_json_times = self.arrays["clip_json_times"].tolist()
+        scan = scan_folder(self.root, {name for name, t in zip(names, clip_json_times) if t})
+        self.stray = scan.stray
+        now = time.time_ns()
+        row_of_unchanged = {}
+        for row, (name, stamp) in enumerate(zip(names, self.arrays["stamps"].tolist())):
+            state = scan.clips.get(name)
+            if state is not None and stamp != UNSETTLED and stamp == state.stamp(now):
+                row_of_unchanged[name] = row
+        if stored is None or not len(row_of_unchanged) == len(scan.clips) == len(names):
+            self.store(self.list_changed(scan, row_of_unchanged))
 
-    def __getstate__(self):
-        """For loader processes that are not forked: not the arrays, but where they lie."""
-        own = self.arrays["stamp"].tobytes()
-        kept = load_index(self.file)
-        there = kept is not None and kept["stamp"].tobytes() == own
-        return {
-            **vars(self),
-            "arrays": None if there else {k: np.array(v) for k, v in self.arrays.items()},
-            "stamp": own,
-        }
+    def attach(self, table: pa.RecordBatch) -> None:
+        """Use this table from now on."""
+        self.table = table
+        self.stamp = (table.schema.metadata or {}).get(b"stamp")
+        self.arrays = numeric_columns(table)
 
-    def __setstate__(self, state):
+    def store(self, table: pa.RecordBatch) -> None:
+        """Write the table to the index file, and use it from there, mapped instead of in memory."""
+        stamp = os.urandom(8).hex()
+        table = table.replace_schema_metadata({"format": str(FORMAT), "stamp": stamp})
+        save_index(table, self.file)
+        stored = load_index(self.file)
+        is_ours = stored is not None and stored.schema.metadata[b"stamp"] == stamp.encode()
+        self.attach(stored if is_ours else table)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a loader process that is not forked.
+
+        It has no table, because the process maps the index file that `stamp` identifies.
+        """
+        state = dict(vars(self))
+        del state["arrays"]
+        stored = load_index(self.file)
+        if stored is not None and stored.schema.metadata[b"stamp"] == self.stamp:
+            state["table"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.arrays = self.arrays or load_index(self.file)
-        if self.arrays is None or self.arrays["stamp"].tobytes() != self.stamp:
+        table = load_index(self.file) if self.table is None else self.table
+        if table is None or table.schema.metadata[b"stamp"] != self.stamp:
             raise ValueError(
-                f"--base_folder {self.root}: was listed anew by another run while this one began; start again"
+                f"--base_folder {self.root}: another run has listed the folder again "
+                "while this run started. Start this run again"
             )
+        self.attach(table)
 
-    def keep(self, arrays):
-        """Write the index, and read it from where it lies."""
-        arrays["stamp"] = np.frombuffer(os.urandom(8), np.uint8)
-        save_index(arrays, self.file)
-        kept = load_index(self.file)
-        self.arrays = (
-            kept
-            if kept is not None and kept["stamp"].tobytes() == arrays["stamp"].tobytes()
-            else arrays
+    def names(self) -> list[str]:
+        """Return the names of all clips."""
+        return decode_names(self.table.column("name"))
+
+    def name(self, row: int) -> str:
+        """Return the name of one clip."""
+        return os.fsdecode(self.table.column("name")[row].as_py())
+
+    def frame_names(self, row: int) -> list[str]:
+        """Return the names of a folder's frames in natural order; [] for a file."""
+        return [os.fsdecode(name) for name in self.table.column("frames")[row].as_py()]
+
+    def note(self, row: int) -> dict[str, Any]:
+        """Return what else is known about a clip.
+
+        Of any clip: `caption`; `trouble`, the reason why it cannot be used; `cuts`, the frames that
+        begin a new scene. Of a video file: `start`, the time of its first frame in seconds, and its
+        `rate` in frames per second, or, where the frame rate varies, the `times` of all frames.
+        """
+        note = self.table.column("note")[row].as_py()
+        return json.loads(note) if note else {}
+
+    def notes(self) -> list[str]:
+        """Return the notes of all clips as JSON, "" where nothing else is known."""
+        return self.table.column("note").to_pylist()
+
+    def content(self) -> pa.Buffer:
+        """Return names, kinds and frames of all clips as bytes, to be compared or hashed."""
+        return self.table.select(["name", "frames", "kinds", "counts"]).serialize()
+
+    def clip(
+        self, row: int, rate: float, size: tuple[int, int] | None = None, **metadata: float
+    ) -> Clip:
+        """Return one clip.
+
+        rate: frames per second of a folder without frame-rate metadata; size, metadata: see Clip.
+        """
+        kind = self.arrays["kinds"][row]
+        note = self.note(row)
+        times = None
+        if kind == VIDEO_FILE and "times" in note:
+            times = np.array(note["times"])
+        elif kind == VIDEO_FILE:
+            times = note["start"] + np.arange(self.arrays["counts"][row]) / note["rate"]
+
+        own_rate = float(self.arrays["rates"][row])
+        width = int(self.arrays["widths"][row])
+        height = int(self.arrays["heights"][row])
+        path = self.root / self.name(row)
+        frame_names = self.frame_names(row)
+        if kind == PICTURE:  # the only frame of the folder that it lies in
+            path = self.root
+            frame_names = [self.name(row)]
+        return Clip(
+            path,
+            frame_names,
+            rate if np.isnan(own_rate) else own_rate,
+            times=times,
+            source_size=(width, height) if width else None,
+            size=size,
+            metadata={**metadata, "caption": note.get("caption", "")},
         )
 
-    def names(self):
-        """Of all clips, in natural order."""
-        return decode_all(self.arrays["names"], self.arrays["name_ends"]) if self.arrays else []
+    # -------------------------------------------------------------------------------------- listing
 
-    def name(self, i):
-        """Of the i-th clip."""
-        return decode_one(self.arrays["names"], self.arrays["name_ends"], i)
+    def list_changed(self, scan: FolderScan, row_of_unchanged: dict[str, int]) -> pa.RecordBatch:
+        """Return the table of all clips that `scan` found.
 
-    def frame_names(self, i):
-        """Of the frames of the i-th clip, a folder, in natural order."""
-        joined = decode_one(self.arrays["frames"], self.arrays["frame_ends"], i)
-        return joined.split("/") if joined else []
-
-    def note(self, i, raw=False):
-        """What else is known of the i-th clip: `caption`; `trouble`, why it cannot be used; of a file `start` and `rate`, or where
-        that varies `times`, seconds of its frames; `cuts`, numbers of frames that begin a new scene. raw: as JSON."""
-        note = decode_one(self.arrays["notes"], self.arrays["note_ends"], i)
-        return note if raw else json.loads(note) if note else {}
-
-    def notes(self):
-        """Of all clips, as JSON."""
-        return decode_all(self.arrays["notes"], self.arrays["note_ends"])
-
-    # ------------------------------------------------------------------------------------------------------------ list
-
-    def scan(self, jsons):
-        """{name: (kind, times of change and sizes)} of the clips that are there. jsons: those known to have a clip.json."""
-        found, self.texts, self.stray = {}, {}, []
-        with os.scandir(self.root) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                try:
-                    kind, told = kind_of(entry), entry.stat()
-                except OSError as error:  # links that go round in circles, or to nothing
-                    self.stray.append((entry.name, error.strerror))
-                    continue
-                if kind is None:
-                    self.stray.append((entry.name, "is no picture, video or folder"))
-                elif kind == TEXT_FILE:
-                    self.texts[entry.name] = told.st_mtime_ns
-                else:
-                    found[entry.name] = (
-                        kind,
-                        [told.st_mtime_ns] + [told.st_size] * (kind != FRAME_FOLDER),
-                    )
-        for name, (kind, told) in found.items():
-            told.append(self.texts.get(caption_file(name, kind), 0) if self.texts else 0)
-            if name in self.metadata:
-                told.append(zlib.crc32(repr(self.metadata[name]).encode()))
-            if name in jsons:
-                with contextlib.suppress(OSError):  # it is gone; then the folder has changed, too
-                    told.append(os.stat(os.path.join(self.root, name, "clip.json")).st_mtime_ns)
-        return found
-
-    def list_changed(self, found, known):
-        """The arrays, of `found` as `scan` tells it, those that are not `known` {name: place here} listed anew."""
-        changed, fresh = (
-            [(name, kind) for name, (kind, _) in found.items() if name not in known],
-            {},
-        )
-        # of a hundred each: a task for one folder would take longer to hand out than to do
-        parts = [changed[i : i + 100] for i in range(0, len(changed), 100)]
+        Only those that have changed are listed again.
+        """
+        changed = [name for name in scan.clips if name not in row_of_unchanged]
+        tasks = [changed[i : i + CLIPS_PER_TASK] for i in range(0, len(changed), CLIPS_PER_TASK)]
+        unchanged_rows = pa.array(row_of_unchanged.values(), pa.int64())
+        batches = [self.table.take(unchanged_rows)]
         with (
-            ThreadPoolExecutor(THREADS) as pool,
+            ThreadPoolExecutor(LISTING_THREADS) as pool,
             progress_bar(len(changed), f"listing {self.root}") as bar,
         ):
-            for part, rows in zip(
-                parts, pool.map(lambda part: [self.list_one(*p) for p in part], parts)
-            ):
-                fresh.update(zip((name for name, _ in part), rows))
-                bar.update(len(part))
-        names = sorted(found, key=images.natural_key)
-        places = [known.get(name, -1) for name in names]
-        rows = [fresh[name] if place < 0 else None for name, place in zip(names, places)]
-        arrays = {
-            column: np.full(len(names), default, kind)
-            for column, (kind, default) in COLUMNS.items()
-        }
-        kept = np.flatnonzero(np.array(places, int) >= 0)
-        for column, values in arrays.items():
-            if len(kept):
-                values[kept] = self.arrays[column][np.array(places)[kept]]
-            for i, row in enumerate(rows):
-                if row and column in row:
-                    values[i] = row[column]
-        for name, row in fresh.items():
-            found[name][1].extend([row["jsons"]] if "jsons" in row else [])
-        arrays["kinds"] = np.array([found[name][0] for name in names], np.uint8)
-        arrays["stamps"] = np.array([change_stamp(*found[name]) for name in names], np.int64)
-        frames = [
-            row["frames"] if row else self.frame_names(place) for row, place in zip(rows, places)
-        ]
-        notes = [
-            dump_notes(row["note"]) if row else self.note(place, raw=True)
-            for row, place in zip(rows, places)
-        ]
-        return {
-            **arrays,
-            **encode("name", names),
-            **encode("frame", map("/".join, frames)),
-            **encode("note", notes),
-        }
+            for batch in pool.map(partial(self.list_clips, scan), tasks):
+                batches.append(batch)
+                bar.update(batch.num_rows)
+        table = pa.concat_batches([batch.replace_schema_metadata(None) for batch in batches])
+        row_of_name = {name: row for row, name in enumerate(decode_names(table.column("name")))}
+        order = [row_of_name[name] for name in sorted(scan.clips, key=images.natural_key)]
+        return table.take(pa.array(order, pa.int64()))
 
-    def list_one(self, name, kind):
-        """What the names in a clip's folder tell of it, and texts: {column: value, frames, note}."""
-        path, told, note, row = (
-            self.root / name,
-            dict(self.metadata.get(name, {})),
-            {},
-            {"frames": []},
-        )
+    def list_clips(self, scan: FolderScan, names: list[str]) -> pa.RecordBatch:
+        """Return the rows of these clips."""
+        rows = [self.list_clip(scan, name) for name in names]
+        return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+    def list_clip(self, scan: FolderScan, name: str) -> dict[str, Any]:
+        """Return the row of a clip from file names and text files; videos are not opened."""
+        state = scan.clips[name]
+        path = self.root / name
+        metadata = dict(scan.metadata.get(name, {}))
+        note: dict[str, Any] = {}
+        frame_names: list[str] = []
+        width = height = 0
+        clip_json_time = 0
+        now = time.time_ns()  # before the folder is read: what changes from here on is noticed
         try:
-            if caption_file(name, kind) in self.texts:
-                told["caption"] = images.read_bytes(self.root / caption_file(name, kind)).decode(
-                    "utf-8", "replace"
-                )
-            if kind == FRAME_FOLDER:
+            caption_name = caption_file_name(name, state.kind)
+            if caption_name in scan.text_times:
+                text = images.read_bytes(self.root / caption_name)
+                metadata["caption"] = text.decode("utf-8", "replace")
+            if state.kind == FRAME_FOLDER:
                 inside = images.retry_io(os.listdir, path)
-                row["frames"] = images.select_frame_names(inside)
+                frame_names = images.select_frame_names(inside)
                 if "clip.json" in inside:
-                    row["jsons"] = os.stat(path / "clip.json").st_mtime_ns
-                    told.update(read_clip_json(path / "clip.json"))
-                videos = sum(map(video_decode.is_video, inside))
-                if videos and not row["frames"]:
+                    clip_json_time = os.stat(path / "clip.json").st_mtime_ns
+                    metadata.update(read_clip_json(path / "clip.json"))
+                num_videos = sum(map(video_decode.is_video, inside))
+                if num_videos and not frame_names:
                     note["trouble"] = (
-                        f"holds {videos} video files: pass it as a --base_folder of its own"
+                        f"holds {num_videos} video files: pass it as a --base_folder of its own"
                     )
-            elif kind == PICTURE:
-                row["widths"], row["heights"] = images.check_picture(path)
+            elif state.kind == PICTURE:
+                width, height = images.check_picture(path)
         except (OSError, ValueError) as error:
             note["trouble"] = reason_of(error, path)
-        row["counts"] = len(row["frames"]) if kind == FRAME_FOLDER else int(kind == PICTURE)
-        row["rates"], row["buckets"] = told.get("fps", np.nan), told.get("motion_bucket_id", np.nan)
-        if told.get("caption", "").strip():
-            note["caption"] = told["caption"].strip()
-        return {**row, "note": note}
+        if metadata.get("caption", "").strip():
+            note["caption"] = metadata["caption"].strip()
+        state.clip_json_time = clip_json_time
+        return {
+            "name": os.fsencode(name),
+            "frames": [os.fsencode(frame_name) for frame_name in frame_names],
+            "note": encode_note(note),
+            "kinds": state.kind,
+            "counts": 1
+            if state.kind == PICTURE
+            else len(frame_names),  # a video file's: by inspect
+            "rates": metadata.get("fps", np.nan),
+            "motion_buckets": metadata.get("motion_bucket_id", np.nan),
+            "widths": width,
+            "heights": height,
+            "motions": np.nan,
+            "inspected": 0,
+            "fully_decoded": 0,
+            "unusable": int("trouble" in note),
+            "clip_json_times": clip_json_time,
+            "stamps": state.stamp(now),
+        }
 
-    # ------------------------------------------------------------------------------------------------------------ look
+    # ----------------------------------------------------------------------------------- inspection
 
-    def fill(self, sizes=False, motions=False, measure=None):
-        """Look into all video files that were not looked into yet; with `sizes`, and `motions`, also for those of folders. What
-        was found is kept every minute, for a run that is killed. measure: of all clips, once, in place of Clip.measure_motion, which is
-        so called, too; it may answer {cuts} beside columns."""
+    def inspect(
+        self,
+        sizes: bool = False,
+        motions: bool = False,
+        measure: Callable[[Clip, np.ndarray], dict[str, Any]] | None = None,
+    ) -> None:
+        """Open each video file that was not opened yet; store its length, rate, size and motion.
+
+        sizes, motions: find these for frame folders, too. measure(clip, keyframes): replaces
+        Clip.measure_motion, and is called once for every clip, each of whose frames it has to
+        decode; it returns {column: value}, and may add {"cuts": frames that begin a new scene}.
+        Results are saved once a minute, so that a killed run continues where it was.
+        """
         import cv2
 
-        a, columns = self.arrays, {name: np.array(self.arrays[name]) for name in COLUMNS}
-        of_frames = (a["kinds"] == FRAME_FOLDER) & (a["counts"] > 0)
-        todo = (a["kinds"] == VIDEO_FILE) & ~a["looked"]
-        todo = todo | of_frames & (a["widths"] == 0) if sizes else todo
-        todo = (
-            todo | of_frames & np.isnan(a["motions"]) & np.isnan(a["buckets"]) if motions else todo
-        )
-        todo = ((a["kinds"] == VIDEO_FILE) | of_frames) & ~a["checked"] if measure else todo
-        todo = [int(i) for i in np.flatnonzero(todo) if "trouble" not in self.note(i)]
-        if not todo:
+        rows = self.rows_to_inspect(sizes, motions, decode_fully=measure is not None)
+        if not rows:
             return
-        notes, saved = self.notes(), time.monotonic()
-        cv2.setNumThreads(1)  # clips are looked at side by side
-        look = partial(
-            self.look, measure=measure or Clip.measure_motion, whole=measure is not None, motions=motions
+        arrays = {name: np.array(values) for name, values in self.arrays.items()}
+        notes = self.notes()
+        last_saved = time.monotonic()
+        cv2.setNumThreads(1)  # several clips are inspected at a time
+        inspect_row = partial(
+            self.inspect_clip,
+            measure=measure or Clip.measure_motion,
+            decode_fully=measure is not None,
+            motions=motions,
         )
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
-            progress_bar(len(todo), f"looking into {self.root}") as bar,
+            progress_bar(len(rows), f"inspecting {self.root}") as bar,
         ):
-            for i, (row, note) in results_in_order(pool, look, todo):
-                for name, value in row.items():
-                    columns[name][i] = value
-                notes[i] = dump_notes(note)
+            for row, (values, note) in results_as_completed(pool, inspect_row, rows):
+                for column, value in values.items():
+                    arrays[column][row] = value
+                arrays["unusable"][row] = "trouble" in note
+                notes[row] = encode_note(note)
                 bar.update()
-                if time.monotonic() - saved > SAVED_EVERY:
-                    save_index({**a, **columns, **encode("note", notes)}, self.file)
-                    saved = time.monotonic()
-        self.keep({**a, **columns, **encode("note", notes)})
+                if time.monotonic() - last_saved > SAVED_EVERY:
+                    save_index(replace_columns(self.table, arrays, notes), self.file)
+                    last_saved = time.monotonic()
+        self.store(replace_columns(self.table, arrays, notes))
 
-    def look(self, i, measure, whole, motions):
-        """(columns, note) of the i-th clip, which is a folder or a video file: its size, when the frames of a file are shown, and
-        what `measure` says of it, of folders with `motions` alone. What of it is decoded for that has to be whole."""
-        note, row, path = self.note(i), {"checked": whole}, self.root / self.name(i)
-        keys = ()
+    def rows_to_inspect(self, sizes: bool, motions: bool, decode_fully: bool) -> list[int]:
+        """Return the clips that `inspect` has to open."""
+        is_video_file = self.arrays["kinds"] == VIDEO_FILE
+        has_frames = (self.arrays["kinds"] == FRAME_FOLDER) & (self.arrays["counts"] > 0)
+        if decode_fully:
+            todo = (is_video_file | has_frames) & ~self.arrays["fully_decoded"]
+        else:
+            todo = is_video_file & ~self.arrays["inspected"]
+            if sizes:
+                todo |= has_frames & (self.arrays["widths"] == 0)
+            if motions:
+                has_no_bucket = np.isnan(self.arrays["motion_buckets"])
+                todo |= has_frames & np.isnan(self.arrays["motions"]) & has_no_bucket
+        return np.flatnonzero(todo & ~self.arrays["unusable"]).tolist()
+
+    def inspect_clip(
+        self,
+        row: int,
+        measure: Callable[[Clip, np.ndarray], dict[str, Any]],
+        decode_fully: bool,
+        motions: bool,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Open a frame folder or video file; return ({column: value}, note). See `inspect`.
+
+        A frame that is damaged makes the clip unusable if it is among those that `measure` reads.
+        """
+        path = self.root / self.name(row)
+        note = self.note(row)
+        values: dict[str, Any] = {"fully_decoded": decode_fully}
+        keyframes: Any = ()
         try:
-            if self.arrays["kinds"][i] == VIDEO_FILE:
-                row["looked"] = True
-                film = video_decode.probe_video(path)
-                keys, note["start"], note["rate"] = film.keyframes, float(film.times[0]), film.rate
-                if not film.is_regular():
-                    note["times"] = film.times.tolist()
-                row.update(counts=len(film.times), widths=film.width, heights=film.height)
-                told = self.arrays["rates"][i]
-                clip = Clip(path, [], film.rate if np.isnan(told) else float(told), film.times)
-                row["rates"] = clip.rate
+            if self.arrays["kinds"][row] == VIDEO_FILE:
+                values["inspected"] = True
+                video = video_decode.probe_video(path)
+                keyframes = video.keyframes
+                note["start"] = float(video.times[0])
+                note["rate"] = video.rate
+                if not video.is_regular():
+                    note["times"] = video.times.tolist()
+                values["counts"] = len(video.times)
+                values["widths"] = video.width
+                values["heights"] = video.height
+                rate_of_metadata = float(self.arrays["rates"][row])
+                rate = video.rate if np.isnan(rate_of_metadata) else rate_of_metadata
+                values["rates"] = rate
+                clip = Clip(path, [], rate, video.times)
             else:
-                clip = self.clip(i, DEFAULT_SOURCE_FPS)
-                row["widths"], row["heights"] = clip.picture_size()
-            if motions or whole or not clip.files:
-                found = measure(clip, keys)
-                note["cuts"] = found.pop("cuts", note.get("cuts", []))
-                row.update(found)
+                clip = self.clip(row, DEFAULT_SOURCE_FPS)
+                values["widths"], values["heights"] = clip.picture_size()
+            if motions or decode_fully or not clip.files:
+                measured = measure(clip, keyframes)
+                note["cuts"] = measured.pop("cuts", note.get("cuts", []))
+                values.update(measured)
         except (OSError, ValueError) as error:
             note["trouble"] = reason_of(error, path)
-        return row, note
-
-    def clip(self, i, rate, size=None, **told):
-        """The i-th clip. rate: frames a second of a folder that does not tell; size, told: see Clip."""
-        a, note, times = self.arrays, self.note(i), None
-        if a["kinds"][i] == VIDEO_FILE:
-            regular = "times" not in note
-            times = (
-                note["start"] + np.arange(a["counts"][i]) / note["rate"]
-                if regular
-                else np.array(note["times"])
-            )
-        rate = rate if np.isnan(a["rates"][i]) else float(a["rates"][i])
-        told = {**told, "caption": note.get("caption", "")}
-        own = (int(a["widths"][i]), int(a["heights"][i])) if a["widths"][i] else None
-        if a["kinds"][i] == PICTURE:  # the one frame of its folder
-            return Clip(self.root, [self.name(i)], rate, None, own, size, told)
-        return Clip(self.root / self.name(i), self.frame_names(i), rate, times, own, size, told)
+        return values, note
 
 
-def kind_of(entry):
-    """FRAMES, FILE, STILL, TEXT, or None: of something that is there, in a folder."""
+def kind_of(entry: os.DirEntry) -> int | None:
+    """Return FRAME_FOLDER, VIDEO_FILE, PICTURE, TEXT_FILE, or None for anything else."""
     if entry.is_dir():
         return FRAME_FOLDER
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if not entry.is_file():  # pipes, links to nothing
+    if not entry.is_file():  # a pipe, or a broken link
         return None
+    suffix = os.path.splitext(entry.name)[1].lower()
     if video_decode.is_video(entry.name):
         return VIDEO_FILE
-    return TEXT_FILE if suffix in TEXTS else PICTURE if suffix in images.FRAME_SUFFIXES else None
+    if suffix in TEXT_SUFFIXES:
+        return TEXT_FILE
+    return PICTURE if suffix in images.FRAME_SUFFIXES else None
 
 
-def caption_file(name, kind):
-    """The text beside a clip that is its caption."""
-    return f"{name if kind == FRAME_FOLDER else os.path.splitext(name)[0]}.txt"
+def caption_file_name(name: str, kind: int) -> str:
+    """Return the name of the text file beside a clip that holds its caption."""
+    stem = name if kind == FRAME_FOLDER else os.path.splitext(name)[0]
+    return f"{stem}.txt"
 
 
-def change_stamp(kind, told):
-    """A number that changes when a clip does; -1 of one that may still be written to without a later time of change."""
-    return hash((kind, *told)) if time.time_ns() - max(told) > SETTLED else -1
+def reason_of(error: Exception, path: Path) -> str:
+    """Return what an error says about a clip, without the clip's own path."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return reason.replace(f"{path}{os.sep}", "").replace(f"{path}: ", "")
 
 
-def reason_of(error, path):
-    """What is wrong with a clip, without its own name."""
-    return (
-        (getattr(error, "strerror", None) or str(error))
-        .replace(f"{path}{os.sep}", "")
-        .replace(f"{path}: ", "")
-    )
-
-
-def progress_bar(total, told):
-    """A bar, where it takes longer than two seconds."""
+def progress_bar(total: int, description: str) -> tqdm:
+    """Return a progress bar that shows itself after two seconds."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=told, delay=2)
+    return tqdm(total=total, desc=description, delay=2)
 
 
-def results_in_order(pool, function, items):
-    """(item, function(item)) of each, as they end; a few wait at a time, so that memory is bounded."""
-    waiting = {}
+def results_as_completed(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, function(item)) as they complete.
+
+    Few items wait at a time, which bounds the memory.
+    """
+    waiting: dict[Future, Any] = {}
     for item in items:
         if len(waiting) >= 4 * pool._max_workers:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -404,70 +576,84 @@ def results_in_order(pool, function, items):
         yield waiting[future], future.result()
 
 
-def dump_notes(note):
+# ----------------------------------------------------------------------------------- the index file
+
+
+def encode_note(note: dict[str, Any]) -> str:
+    """Return a note as JSON, "" if it is empty."""
     return json.dumps(note) if note else ""
 
 
-def encode(what, strings):
-    """{<what>s: the strings one after the other as bytes, <what>_ends: where each ends}, whatever a file system allows."""
-    parts = [os.fsencode(string) for string in strings]
-    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-    return {f"{what}s": np.frombuffer(b"".join(parts), np.uint8), f"{what}_ends": ends}
+def decode_names(column: pa.Array) -> list[str]:
+    """Return a column of file names as strings."""
+    return [os.fsdecode(name) for name in column.to_pylist()]
 
 
-def decode_one(joined, ends, i):
-    """The i-th string."""
-    return os.fsdecode(bytes(joined[ends[i - 1] if i else 0 : ends[i]]))
+def empty_table() -> pa.RecordBatch:
+    """Return an index without clips."""
+    return pa.RecordBatch.from_pylist([], schema=SCHEMA)
 
 
-def decode_all(joined, ends):
-    """All of them."""
-    joined, ends = bytes(joined), [0, *ends.tolist()]
-    return [os.fsdecode(joined[start:end]) for start, end in itertools.pairwise(ends)]
+def numeric_columns(table: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """Return {column: array (clips,)} of the numeric columns, without copying them."""
+    arrays = {}
+    for name in SCHEMA.names:
+        if name not in TEXT_COLUMNS:
+            array = np.from_dlpack(table.column(name))  # unlike to_numpy, does not import pandas
+            # Arrow packs eight booleans into a byte, which numpy cannot view; hence bytes
+            arrays[name] = array.view(bool) if name in BOOL_COLUMNS else array
+    return arrays
 
 
-def index_file(root):
-    """Where what was found in a base folder is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "svd_xtend")
-    return (
-        cache
-        / f"{hashlib.blake2b(os.fsencode(os.path.abspath(root)), digest_size=12).hexdigest()}.{FORMAT}.index"
-    )
-
-
-def load_index(file):
-    """The arrays of an index, mapped; None where there is none that can be read. One array of bytes, whose head says where
-    the others are in it."""
-    try:
-        whole = np.asarray(np.memmap(file, np.uint8, "r"))  # still mapped, and faster to cut
-        size = int(whole[:8].view(np.int64)[0])
-        head = json.loads(bytes(whole[8 : 8 + size]))
-        arrays = {k: whole[start:end].view(kind) for k, (start, end, kind) in head.items()}
-        return arrays if len(whole) == max(end for _, end, _ in head.values()) else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def save_index(arrays, file):
-    """Write an index, whole or not at all; where that is not allowed the next start lists again."""
-    head, start = {}, 4096
+def replace_columns(
+    table: pa.RecordBatch, arrays: dict[str, np.ndarray], notes: list[str]
+) -> pa.RecordBatch:
+    """Return the table with other numeric columns and notes."""
+    columns = {name: table.column(name) for name in SCHEMA.names}
+    columns["note"] = pa.array(notes, SCHEMA.field("note").type)
     for name, array in arrays.items():
-        head[name] = (start, start + array.nbytes, array.dtype.str)
-        start += -(-array.nbytes // 8) * 8
-    told = json.dumps(head).encode()
-    partial = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
+        columns[name] = pa.array(array.view(np.uint8) if name in BOOL_COLUMNS else array)
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=table.schema)
+
+
+def index_file(root: str | os.PathLike) -> Path:
+    """Return the path of a base folder's index file."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "svd_xtend")
+    digest = hashlib.blake2b(os.fsencode(os.path.abspath(root)), digest_size=12).hexdigest()
+    return cache / f"{digest}.{FORMAT}.index"
+
+
+def load_index(file: Path) -> pa.RecordBatch | None:
+    """Return the memory-mapped table of an index file; None if it is missing or unreadable."""
+    try:
+        # one record batch, so that each column is one array
+        mapped = pa.memory_map(str(file)).read_buffer()
+        options = pa.ipc.IpcReadOptions(use_threads=False)  # loader processes will be forked
+        table = pa.ipc.open_file(mapped, options=options).get_batch(0)
+        table.validate()
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    metadata = table.schema.metadata or {}
+    is_readable = table.schema == SCHEMA and metadata.get(b"format") == str(FORMAT).encode()
+    return table if is_readable else None
+
+
+def save_index(table: pa.RecordBatch, file: Path) -> None:
+    """Write an index file completely or not at all.
+
+    A file that cannot be written only costs the next start time.
+    """
+    unfinished = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as f:
-            f.write(len(told).to_bytes(8, "little") + told)
-            for name, array in arrays.items():
-                f.seek(head[name][0])
-                f.write(array.tobytes())
-            f.truncate(max(end for _, end, _ in head.values()))
-        os.replace(partial, file)
+        with open(unfinished, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_batch(table)
+        os.replace(unfinished, file)
     except OSError as error:
         logger.warning(
-            "%s: not written (%s); the next start lists the folder again", file, error.strerror
+            "%s: cannot be written (%s); the next start lists the folder again",
+            file,
+            error.strerror or error,
         )
         with contextlib.suppress(OSError):
-            partial.unlink()
+            unfinished.unlink()

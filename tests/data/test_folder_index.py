@@ -1,9 +1,11 @@
 """Folders of many videos: listed once, noticed when changed, drawn by weight, read over networks that stutter."""
 
 import errno
+import json
 import logging
 import multiprocessing
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def names(clips):
     return [[f"{clip.path.name}/{name}" for name in clip.files] for clip in clips]
 
 
-def told(clips):
+def metadata(clips):
     return [clip.metadata for clip in clips]
 
 
@@ -47,12 +49,13 @@ def told(clips):
 def looked(monkeypatch):
     """Names of the video folders that were listed, in a list."""
     seen = []
-    list_one = FolderIndex.list_one
-    monkeypatch.setattr(
-        FolderIndex,
-        "list_one",
-        lambda self, name, kind: seen.append(name) or list_one(self, name, kind),
-    )
+    list_clip = FolderIndex.list_clip
+
+    def watched(self, scan, name):
+        seen.append(name)
+        return list_clip(self, scan, name)
+
+    monkeypatch.setattr(FolderIndex, "list_clip", watched)
     return seen
 
 
@@ -62,7 +65,7 @@ def test_the_second_start_lists_nothing_and_finds_the_same(tmp_path, looked):
     assert sorted(looked) == sorted(f"v{v}" for v in range(12))
     looked.clear()
     again = ClipCollection(root, spec(3))
-    assert looked == [] and names(again) == names(first) and told(again) == told(first)
+    assert looked == [] and names(again) == names(first) and metadata(again) == metadata(first)
     assert [clip.path.name for clip in first] == [f"v{v}" for v in range(12)]  # natural order
     assert [first[3].path / name for name in first[3].files] == images.list_frames(root / "v3")
 
@@ -89,7 +92,7 @@ def test_what_changed_is_listed_again_and_nothing_else(tmp_path, looked, change)
     assert len(looked) <= 2 and not set(looked) & {"v0", "v2", "v3"}
     folder_index.index_file(root).unlink()
     fresh = ClipCollection(root, spec(2))
-    assert names(found) == names(fresh) and told(found) == told(fresh)
+    assert names(found) == names(fresh) and metadata(found) == metadata(fresh)
     assert names(before) != names(found) or before[1].rate != found[1].rate
 
 
@@ -117,29 +120,112 @@ def test_a_damaged_index_or_one_that_may_not_be_written_costs_a_listing_and_no_m
     assert "the next start lists the folder again" in caplog.text
 
 
-def test_an_index_of_another_format_is_not_read(tmp_path, monkeypatch):
+def foreign_tables():
+    """Tables that other versions of this module may have left in place of the index."""
+    good = folder_index.empty_table()
+    version = str(folder_index.FORMAT)
+    return {
+        "other version": good.replace_schema_metadata({"format": str(folder_index.FORMAT - 1)}),
+        "no version": good,
+        "other columns": good.drop_columns(["counts"]).replace_schema_metadata({"format": version}),
+    }
+
+
+@pytest.mark.parametrize("table", foreign_tables().values(), ids=foreign_tables().keys())
+def test_an_index_that_another_version_wrote_is_not_read(tmp_path, looked, table):
+    """Its numbers may mean something else."""
     root = videos(tmp_path / "root", 3)
+    ClipCollection(root, spec(3))
+    looked.clear()
+    folder_index.save_index(table, folder_index.index_file(root))
+    assert folder_index.load_index(folder_index.index_file(root)) is None
+    assert len(ClipCollection(root, spec(3))) == 3 and len(looked) == 3
+
+
+def test_files_of_other_versions_have_other_names(tmp_path, monkeypatch):
+    current = folder_index.index_file(tmp_path)
     monkeypatch.setattr(folder_index, "FORMAT", folder_index.FORMAT - 1)
-    folder_index.save_index({"names": np.zeros(3, np.uint8)}, folder_index.index_file(root))
-    monkeypatch.undo()
-    assert len(ClipCollection(root, spec(3))) == 3
+    assert folder_index.index_file(tmp_path) != current
 
 
-def found_by(clips, answer):
+def test_the_index_of_many_clips_is_mapped_and_not_copied(tmp_path):
+    """A million clips would otherwise be in the memory of every loader process."""
+    root = videos(tmp_path / "root", 3)
+    index = FolderIndex(root)
+    mapped_range = None
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(index.file.name):
+            mapped_range = [int(part, 16) for part in line.split()[0].split("-")]
+    low, high = mapped_range
+    for name, array in index.arrays.items():
+        assert low <= array.ctypes.data < high, name
+        assert not array.flags.writeable, name
+    for name in ("name", "frames", "note"):
+        for buffer in index.table.column(name).buffers():
+            assert buffer is None or not buffer.size or low <= buffer.address < high, name
+    assert index.arrays["unusable"].dtype == bool
+
+
+def test_an_index_is_replaced_at_once(tmp_path, monkeypatch):
+    """A run that is killed while it writes leaves the index as it was, and no file of its own once it ends."""
+    root = videos(tmp_path / "root", 3)
+    index = FolderIndex(root)
+    content = index.file.read_bytes()
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    folder_index.save_index(folder_index.empty_table(), index.file)
+    assert index.file.read_bytes() == content
+    assert [file.name for file in index.file.parent.glob(f"{index.file.stem}*")] == [
+        index.file.name
+    ]
+
+
+def put_names(clips, answer):
     answer.put(names(clips))
 
 
-def test_loader_processes_that_are_not_forked_read_the_index_where_it_lies(tmp_path):
-    clips, context = (
-        ClipCollection(videos(tmp_path / "root", 3), spec(3)),
-        multiprocessing.get_context("spawn"),
-    )
-    assert clips.indexes[0].__getstate__()["arrays"] is None  # nothing but the path goes over
+def test_loader_processes_that_are_not_forked_map_the_index_file(tmp_path):
+    clips = ClipCollection(videos(tmp_path / "root", 3), spec(3))
+    state = clips.indexes[0].__getstate__()
+    assert state["table"] is None and "arrays" not in state  # only the path and a stamp are sent
+    context = multiprocessing.get_context("spawn")
     answer = context.Queue()
-    process = context.Process(target=found_by, args=(clips, answer))
+    process = context.Process(target=put_names, args=(clips, answer))
     process.start()
     assert answer.get(timeout=60) == names(clips)
     process.join()
+
+
+def test_an_index_that_could_not_be_stored_is_sent_whole(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    index = FolderIndex(videos(tmp_path / "root", 3))
+    again = pickle.loads(pickle.dumps(index))
+    assert again.names() == index.names() and again.frame_names(2) == index.frame_names(2)
+
+
+def test_a_loader_process_notices_that_another_run_has_replaced_the_index(tmp_path):
+    root = videos(tmp_path / "root", 3)
+    index = FolderIndex(root)
+    sent = pickle.dumps(index)
+    index.store(index.table)
+    with pytest.raises(ValueError, match="another run has listed the folder again"):
+        pickle.loads(sent)
+
+
+def test_a_folder_whose_clip_json_has_changed_is_listed_once(tmp_path, looked):
+    root = videos(tmp_path / "root", 3)
+    for text, old in (('{"fps": 3}', 50), ('{"fps": 4}', 40)):
+        (root / "v1" / "clip.json").write_text(text)
+        for path in (root / "v1" / "clip.json", root / "v1"):
+            os.utime(path, (time.time() - old,) * 2)
+        assert FolderIndex(root).arrays["rates"][1] == json.loads(text)["fps"]
+    looked.clear()
+    FolderIndex(root)
+    assert looked == []
 
 
 def test_names_that_are_no_utf_8_and_videos_without_frames(tmp_path):
@@ -161,7 +247,7 @@ def test_folders_without_weights_are_one(tmp_path):
     one = ClipSampler([(range(6), 1)], 0)
     assert len(data) == 6
     for index in range(30):
-        assert next(data.order.choices(index)) == next(one.choices(index))
+        assert next(data.sampler.choices(index)) == next(one.choices(index))
     assert (
         data.clips[1].path == tmp_path / "a" / "v1" and data.clips[2].path == tmp_path / "b" / "v0"
     )
@@ -227,7 +313,7 @@ def test_a_weight_for_each_folder(capsys):
         with pytest.raises(SystemExit):
             train_svd.parse(parser, ["--base_folder", "a", "b", *flags])
         assert (
-            "--folder_weights: one above 0 for each --base_folder, which are 2"
+            "--folder_weights: expected 2 positive numbers, one per --base_folder; got"
             in capsys.readouterr().err
         )
     assert train_svd.parse(
@@ -248,7 +334,7 @@ def test_two_folders_with_weights_train(run, clips, boxed_clips):
 
     def loss(model, pipe, batch, args):
         seen.extend(batch["index"].tolist())
-        return train_svd.svd_loss(model, pipe, batch, args)
+        return train_svd.training_loss(model, pipe, batch, args)
 
     run(*flags, "--folder_weights", "1", "3", loss=loss)
     assert seen == [0, 1]
