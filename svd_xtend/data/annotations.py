@@ -1,11 +1,28 @@
-"""TODO data.annotations."""
+"""Read and write annotation files: boxes of objects in videos, in public formats.
+
+    videos = read_tracklets("labels.json", size=(1280, 720))      # {video name: Tracklets}
+    write_tracklets("tracklets.json", videos["b1c66a42"])
+
+A file's format is recognised by its content:
+
+    format           recognised by                              frames from  boxes
+    this project's   "tracklets", or "videos" with "tracklets"  0            xyxy, see `parse_project`
+    BDD100K          a list of frames, or {"frames": [...]}     0            box2d {x1, y1, x2, y2}, pixels
+    YouTube-VIS      "videos" and "annotations"                 0            x y w h or null, pixels
+    MOTChallenge     9 or 10 numbers per line, with commas      1            x y w h, pixels from 1
+    KITTI tracking   17 or 18 words per line                    0            xyxy, pixels
+"""
+
+from __future__ import annotations
 
 import configparser
 import functools
 import json
 import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,368 +31,518 @@ from svd_xtend.data.tracklets import Tracklets, interpolate_keyframes, palette
 
 logger = logging.getLogger("svd_xtend")
 
+MAX_QUOTED_CHARACTERS = 80  # of a malformed value in an error message
 
-# ---------------------------------------------------------------------------------------------------------------- read
+Size = tuple[float, float]  # (width, height) in pixels
 
 
-class Record(NamedTuple):
-    """One box of a public format: frame 0-based, xyxy in pixels, edges between pixels; box None: only that the frame is."""
+@dataclass(frozen=True)
+class Record:
+    """One box of one object in one frame, as a public format has it.
+
+    A record without a box says only that the video has this frame.
+    """
 
     video: str
-    frame: int
+    frame: int  # from 0
     id: str = ""
     category: str = ""
-    box: tuple = None
-    size: tuple = None
+    # xyxy in pixels: coordinates are edges between pixels, so the right-most pixel ends at `width`
+    box: tuple[float, float, float, float] | None = None
+    size: Size | None = None
 
 
-def malformed_error(file, where, expected, found):
-    found = str(found)
-    return ValueError(
-        f"{file}: {where}: expected {expected}, got {found[:80]}{'...' * (len(found) > 80)}"
-    )
+def malformed_error(file: Path, place: str, expected: str, actual: object) -> ValueError:
+    """Return the error for a malformed file: where, what was expected and what was found."""
+    quoted = str(actual)
+    if len(quoted) > MAX_QUOTED_CHARACTERS:
+        quoted = quoted[:MAX_QUOTED_CHARACTERS] + "..."
+    return ValueError(f"{file}: {place}: expected {expected}, got {quoted}")
 
 
-def read_tracklets(file, size=None):
-    """{video name: Tracklets} of an annotation file, in any of the formats above; at least one.
+# ---------------------------------------------------------------------------------------------- read
 
-    size: (width, height) in pixels of the pictures, for formats that do not tell it. Boxes that are not finite or have
-    no area are left out, with a warning. Raises ValueError with file, record and what was expected.
+
+def read_tracklets(file: str | Path, size: Size | None = None) -> dict[str, Tracklets]:
+    """Return {video name: Tracklets} of an annotation file in one of the formats above.
+
+    Boxes that are not finite or have no area are left out, with a warning. There is at least one
+    video.
+
+    size: (width, height) of the pictures in pixels, for files that do not contain it.
+
+    Raises ValueError with the file, the place in it and what was expected there.
     """
     file = Path(file)
-    return parse_file(file, size, file.stat().st_mtime_ns if file.exists() else None)
+    modification_time = file.stat().st_mtime_ns if file.exists() else None
+    return parse_file(file, size, modification_time)
 
 
-@functools.lru_cache(maxsize=2)  # a file of many videos is asked once for each of them
-def parse_file(file, size, written):
+# A file of many videos is read once for each of them. `modification_time` is part of the key.
+@functools.lru_cache(maxsize=2)
+def parse_file(
+    file: Path, size: Size | None, modification_time: int | None
+) -> dict[str, Tracklets]:
+    """Return {video name: Tracklets} of a file, from memory if it has not changed."""
     try:
         text = read_bytes(file).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as an annotation file ({error})") from error
     try:
-        found = parse_by_format(file, text, size)
+        videos = parse_by_format(file, text, size)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if str(error).startswith(str(file)):
             raise
-        formats = "one of the formats that svd_xtend/tracklets.py lists"
-        raise malformed_error(
-            file, "the file", formats, f"{type(error).__name__}: {error}"
-        ) from error
-    if not found:
+        formats = "one of the formats that svd_xtend/data/annotations.py lists"
+        actual = f"{type(error).__name__}: {error}"
+        raise malformed_error(file, "the file", formats, actual) from error
+    if not videos:
         raise malformed_error(file, "the file", "at least one video", "none")
-    return found
+    return videos
 
 
-def parse_by_format(file, text, size):
-    if text.lstrip()[:1] not in ("[", "{"):
-        words = next((line for line in text.splitlines() if line.strip()), "")
-        return assemble_tracklets(
-            file, parse_motchallenge(file, text) if "," in words else parse_kitti(file, text), size
-        )
+def parse_by_format(file: Path, text: str, size: Size | None) -> dict[str, Tracklets]:
+    """Recognise the format of a file's text and parse it."""
+    is_json = text.lstrip()[:1] in ("[", "{")
+    if not is_json:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if lines and "," in lines[0]:
+            records = parse_motchallenge(file, text)
+        else:
+            records = parse_kitti(file, text)
+        return assemble_tracklets(file, records, size)
+
     try:
         document = json.loads(text)
     except ValueError as error:
         raise malformed_error(file, "the file", "JSON", error) from error
     if "tracklets" in document:
-        return {file.stem: parse_own_format(file, document, "")}
+        return {file.stem: parse_project(file, document, "")}
     if "annotations" in document:
         return assemble_tracklets(file, parse_youtube_vis(file, document), size)
     if isinstance(document, list) or "frames" in document:
         return assemble_tracklets(file, parse_scalabel(file, document), size)
     if isinstance(document.get("videos"), dict):
-        return {
-            name: parse_own_format(file, told, f"videos.{name}: ")
-            for name, told in document["videos"].items()
-        }
+        videos = {}
+        for name, video in document["videos"].items():
+            videos[name] = parse_project(file, video, f"videos.{name}: ")
+        return videos
     raise malformed_error(
         file, "the file", '"tracklets", "videos", "annotations" or "frames"', sorted(document)
     )
 
 
-def parse_numbers(file, where, expected, values):
-    """floats, or the error that says what they should have been. Booleans and text are not numbers."""
+def parse_box(file: Path, place: str, expected: str, values: Any) -> tuple[float, ...]:
+    """Return a list of four numbers as floats. Booleans and text do not count as numbers.
+
+    Raises ValueError at `place` with `expected`.
+    """
     if not isinstance(values, (list, tuple)) or len(values) != 4:
-        raise malformed_error(file, where, expected, values)
-    if any(isinstance(v, (bool, str)) or not isinstance(v, (int, float)) for v in values):
-        raise malformed_error(file, where, expected, values)
-    return tuple(float(v) for v in values)
+        raise malformed_error(file, place, expected, values)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise malformed_error(file, place, expected, values)
+    return tuple(float(value) for value in values)
 
 
-def parse_scalabel(file, document):
-    """BDD100K MOT 2020 (Scalabel): a list of frames, or {"frames": [...]}."""
-    frames = document if isinstance(document, list) else document["frames"]
-    count = {}
+def parse_scalabel(file: Path, document: Any) -> Iterator[Record]:
+    """Yield the records of BDD100K MOT 2020 (Scalabel): a list of frames, or {"frames": [...]}."""
+    frames = document
+    if isinstance(document, dict):
+        frames = document["frames"]
     if not isinstance(frames, list):
         raise malformed_error(file, "frames", "a list", frames)
+
+    next_indices: dict[str, int] = {}  # {video: index of its next frame}, for files without indices
     for i, frame in enumerate(frames):
         if not isinstance(frame, dict):
             raise malformed_error(file, f"frame {i}", "an object with name and labels", frame)
         video = str(frame.get("videoName") or file.stem)
-        at = frame.get("frameIndex", frame.get("index", count.get(video, 0)))
-        if not isinstance(at, int) or at < 0:
-            raise malformed_error(file, f"frame {i}: frameIndex", "an integer from 0 on", at)
-        count[video] = at + 1
-        size = frame.get("size") or (document.get("config") or {}).get("imageSize") if isinstance(document, dict) else frame.get("size")  # fmt: skip
-        size = (size["width"], size["height"]) if size else None
-        yield Record(video, at, size=size)
-        for j, label in enumerate(frame.get("labels") or []):
-            where = f"frame {i}, label {j}"
-            if not isinstance(label, dict) or "id" not in label:
-                raise malformed_error(file, where, "an object with id and box2d", label)
-            if label.get("box2d") is None:  # labels of other tasks
-                continue
-            box = label["box2d"]
-            box = [box.get(k) for k in ("x1", "y1", "x2", "y2")] if isinstance(box, dict) else box
-            x1, y1, x2, y2 = parse_numbers(
-                file, f"{where}: box2d", "{x1, y1, x2, y2} in pixels", box
+        # older files call it `index`, or do not number the frames
+        default_index = next_indices.get(video, 0)
+        frame_index = frame.get("frameIndex", frame.get("index", default_index))
+        if not isinstance(frame_index, int) or frame_index < 0:
+            raise malformed_error(
+                file, f"frame {i}: frameIndex", "an integer from 0 on", frame_index
             )
-            # the right and lower pixel belong to the box
+        next_indices[video] = frame_index + 1
+
+        size_of_frame = frame.get("size")
+        if not size_of_frame and isinstance(document, dict):
+            size_of_frame = (document.get("config") or {}).get("imageSize")
+        size = None
+        if size_of_frame:
+            size = (size_of_frame["width"], size_of_frame["height"])
+
+        yield Record(video, frame_index, size=size)
+        for j, label in enumerate(frame.get("labels") or []):
+            place = f"frame {i}, label {j}"
+            if not isinstance(label, dict) or "id" not in label:
+                raise malformed_error(file, place, "an object with id and box2d", label)
+            box = label.get("box2d")
+            if box is None:  # a label of another task, lanes for instance
+                continue
+            if isinstance(box, dict):
+                box = [box.get(key) for key in ("x1", "y1", "x2", "y2")]
+            x1, y1, x2, y2 = parse_box(file, f"{place}: box2d", "{x1, y1, x2, y2} in pixels", box)
             yield Record(
                 video,
-                at,
-                str(label["id"]),
-                str(label.get("category", "")),
-                (x1, y1, x2 + 1, y2 + 1),
-                size,
+                frame_index,
+                id=str(label["id"]),
+                category=str(label.get("category", "")),
+                # x2 and y2 are the last pixels that belong to the box
+                box=(x1, y1, x2 + 1, y2 + 1),
+                size=size,
             )
 
 
-def parse_youtube_vis(file, document):
-    """YouTube-VIS: an annotation is a tracklet, null where it is absent."""
-    names = {c["id"]: c["name"] for c in document.get("categories", [])}
-    videos = {}
+def parse_youtube_vis(file: Path, document: dict[str, Any]) -> Iterator[Record]:
+    """Yield the records of YouTube-VIS. An annotation is a tracklet, with null where it is absent."""
+    categories = {}
+    for category in document.get("categories", []):
+        categories[category["id"]] = category["name"]
+
+    names_and_sizes: dict[Any, tuple[str, Size]] = {}  # by video id
     for i, video in enumerate(document.get("videos", [])):
         try:
-            files, size = video.get("file_names") or [], (video["width"], video["height"])
-            name = (
-                Path(files[0]).parts[-2]
-                if files and len(Path(files[0]).parts) > 1
-                else str(video["id"])
-            )
-            videos[video["id"]] = name, size
+            frame_files = video.get("file_names") or []
+            size = (video["width"], video["height"])
+            name = str(video["id"])
+            if frame_files and len(Path(frame_files[0]).parts) > 1:
+                name = Path(frame_files[0]).parts[-2]
+            names_and_sizes[video["id"]] = (name, size)
         except (KeyError, TypeError, AttributeError) as error:
             raise malformed_error(
                 file, f"videos[{i}]", "id, width, height and file_names", video
             ) from error
-        if files or video.get("length"):
-            yield Record(name, int(video.get("length") or len(files)) - 1, size=size)
+        if frame_files or video.get("length"):
+            num_frames = int(video.get("length") or len(frame_files))
+            yield Record(name, num_frames - 1, size=size)
+
     for i, annotation in enumerate(document["annotations"]):
-        if not isinstance(annotation, dict) or annotation.get("video_id") not in videos:
+        if not isinstance(annotation, dict) or annotation.get("video_id") not in names_and_sizes:
             raise malformed_error(
                 file, f"annotations[{i}]: video_id", "the id of one of the videos", annotation
             )
-        name, size = videos[annotation["video_id"]]
+        name, size = names_and_sizes[annotation["video_id"]]
         for f, box in enumerate(annotation.get("bboxes") or []):
-            if box is not None:
-                x, y, w, h = parse_numbers(
-                    file, f"annotations[{i}].bboxes[{f}]", "[x, y, w, h] in pixels, or null", box
-                )
-                category = names.get(annotation.get("category_id"), "")
-                yield Record(
-                    name, f, str(annotation.get("id", i)), category, (x, y, x + w, y + h), size
-                )
+            if box is None:
+                continue
+            place = f"annotations[{i}].bboxes[{f}]"
+            x, y, w, h = parse_box(file, place, "[x, y, w, h] in pixels, or null", box)
+            yield Record(
+                name,
+                f,
+                id=str(annotation.get("id", i)),
+                category=categories.get(annotation.get("category_id"), ""),
+                box=(x, y, x + w, y + h),
+                size=size,
+            )
 
 
-def parse_motchallenge(file, text):
-    """MOTChallenge gt.txt (9 columns) and MOT15 or a tracker's result (10). The size is in seqinfo.ini, if anywhere.
+def parse_motchallenge(file: Path, text: str) -> Iterator[Record]:
+    """Yield the records of MOTChallenge: gt.txt (9 columns), MOT15 or a tracker's result (10).
 
-    Lines whose seventh number is 0 are to be ignored. <sequence>/gt/gt.txt is named after the sequence."""
+    The columns are frame, id, left, top, width, height, confidence, class, visibility. Lines whose
+    confidence is 0 are ignored. The size comes from seqinfo.ini, if there is one. The file
+    <sequence>/gt/gt.txt has the name of the sequence.
+    """
     folder = file.absolute().parent
-    sequence = folder.parent if folder.name in ("gt", "det") else folder
-    info = configparser.ConfigParser()
-    info.read(sequence / "seqinfo.ini")
-    told = info["Sequence"] if "Sequence" in info else {}
-    size = (
-        (int(told["imWidth"]), int(told["imHeight"]))
-        if "imWidth" in told and "imHeight" in told
-        else None
-    )
-    name = sequence.name if folder.name in ("gt", "det") else file.stem
+    is_in_sequence = folder.name in ("gt", "det")
+    sequence = folder.parent if is_in_sequence else folder
+    name = sequence.name if is_in_sequence else file.stem
+
+    parser = configparser.ConfigParser()
+    parser.read(sequence / "seqinfo.ini")
+    size = None
+    if "Sequence" in parser:
+        info = parser["Sequence"]
+        if "imWidth" in info and "imHeight" in info:
+            size = (int(info["imWidth"]), int(info["imHeight"]))
+
+    expected = "9 or 10 numbers: frame from 1, id, left, top, width, height, ..."
     for i, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        expected = "9 or 10 numbers: frame from 1, id, left, top, width, height, ..."
         try:
             row = [float(word) for word in line.split(",")]
         except ValueError as error:
             raise malformed_error(file, f"line {i}", expected, line) from error
-        if len(row) not in (9, 10) or not (row[0] >= 1 and row[0] == int(row[0])):
+        if len(row) not in (9, 10):
             raise malformed_error(file, f"line {i}", expected, line)
-        if row[1] < 0:
+        frame, track_id, left, top, width, height, confidence, object_class = row[:8]
+        if not (frame >= 1 and frame == int(frame)):
+            raise malformed_error(file, f"line {i}", expected, line)
+        if track_id < 0:
             raise malformed_error(
                 file, f"line {i}", "an id from 0 on (these are detections; run a tracker)", line
             )
-        if row[6] != 0:
-            x, y, w, h = row[2] - 1, row[3] - 1, row[4], row[5]
-            category = f"{row[7]:g}" if len(row) == 9 else ""
-            yield Record(name, int(row[0]) - 1, f"{row[1]:g}", category, (x, y, x + w, y + h), size)
+        if confidence == 0:
+            continue
+        x = left - 1
+        y = top - 1
+        yield Record(
+            name,
+            int(frame) - 1,
+            id=f"{track_id:g}",
+            # with 10 columns the last three are world coordinates
+            category=f"{object_class:g}" if len(row) == 9 else "",
+            box=(x, y, x + width, y + height),
+            size=size,
+        )
 
 
-def parse_kitti(file, text):
-    """KITTI tracking, label_02/0001.txt: frame, track, type, ..., left, top, right, bottom; DontCare is left out."""
+def parse_kitti(file: Path, text: str) -> Iterator[Record]:
+    """Yield the records of KITTI tracking, label_02/0001.txt for instance.
+
+    The words of a line are frame, track, type, truncated, occluded, alpha, left, top, right,
+    bottom, ... Lines of type DontCare only say that the video has the frame.
+    """
+    expected = "17 or 18 words: frame from 0, track, type, ..."
     for i, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words:
             continue
-        expected = "17 or 18 words: frame from 0, track, type, ..."
         try:
-            frame, box = int(words[0]), tuple(float(word) for word in words[6:10])
+            frame = int(words[0])
+            coordinates = [float(word) for word in words[6:10]]
         except ValueError as error:
             raise malformed_error(file, f"line {i}", expected, line) from error
         if len(words) not in (17, 18) or frame < 0:
             raise malformed_error(file, f"line {i}", expected, line)
-        wanted = words[2] != "DontCare"
-        yield Record(file.stem, frame, *((words[1], words[2], box) if wanted else ()))
+        track_id, category = words[1:3]
+        if category == "DontCare":
+            yield Record(file.stem, frame)
+        else:
+            left, top, right, bottom = coordinates
+            yield Record(file.stem, frame, track_id, category, (left, top, right, bottom))
 
 
-def assemble_tracklets(file, records, size=None):
-    """{video: Tracklets} of records, whose own size wins over `size`. Slots are in the order in which ids appear."""
-    videos, dropped = {}, 0
-    for r in records:
-        frames, rows, slots = videos.setdefault(r.video, ([0], [], {}))
-        frames[0] = max(frames[0], r.frame + 1)
-        if r.box is None:
+@dataclass
+class VideoRecords:
+    """The records of one video, while `assemble_tracklets` collects them."""
+
+    num_frames: int = 0
+    categories: dict[str, str] = field(default_factory=dict)  # {object id: category}, by slot
+    frames: list[int] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    boxes: list[tuple[float, ...]] = field(default_factory=list)  # in fractions of the picture
+
+
+def assemble_tracklets(
+    file: Path, records: Iterable[Record], size: Size | None = None
+) -> dict[str, Tracklets]:
+    """Return {video: Tracklets} of records. Slots are in the order in which ids first appear.
+
+    size: of the pictures, for records without a size. Raises ValueError if neither is given.
+    """
+    videos: dict[str, VideoRecords] = {}
+    num_dropped = 0
+    for record in records:
+        video = videos.setdefault(record.video, VideoRecords())
+        video.num_frames = max(video.num_frames, record.frame + 1)
+        if record.box is None:
             continue
-        if r.size is None and size is None:
+        picture_size = record.size or size
+        if picture_size is None:
             raise ValueError(
-                f"{file}: does not tell the pictures' size; pass it, or the folder of frames"
+                f"{file}: does not contain the size of the pictures. Pass it, or the folder of frames."
             )
-        width, height = r.size or size
-        if not np.isfinite(r.box).all() or r.box[2] <= r.box[0] or r.box[3] <= r.box[1]:
-            dropped += 1
+        x0, y0, x1, y1 = record.box
+        if not np.isfinite(record.box).all() or x1 <= x0 or y1 <= y0:
+            num_dropped += 1
             continue
-        slot = slots.setdefault(r.id, (len(slots), r.category))[0]
-        rows.append(
-            (
-                r.frame,
-                slot,
-                r.box[0] / width,
-                r.box[1] / height,
-                r.box[2] / width,
-                r.box[3] / height,
-            )
+        width, height = picture_size
+        video.categories.setdefault(record.id, record.category)
+        video.frames.append(record.frame)
+        video.ids.append(record.id)
+        video.boxes.append((x0 / width, y0 / height, x1 / width, y1 / height))
+    if num_dropped:
+        logger.warning(
+            "%s: left out %d boxes that are not finite or have no area", file, num_dropped
         )
-    if dropped:
-        logger.warning("%s: left out %d boxes that are not finite or have no area", file, dropped)
-    found = {}
-    for video, ((f,), rows, slots) in videos.items():
-        n, table = len(slots), np.array(rows, np.float64).reshape(-1, 6)
-        at = tuple(table[:, :2].astype(int).T)
-        boxes, valid = np.zeros((f, n, 4), np.float32), np.zeros((f, n), bool)
-        boxes[at], valid[at] = table[:, 2:], True
-        categories = tuple(category for _, category in slots.values())
-        found[video] = Tracklets(boxes, valid, valid.copy(), palette(n), tuple(slots), categories)
-    return found
+
+    tracklets = {}
+    for name, video in videos.items():
+        n = len(video.categories)
+        slot_of_id = {id: slot for slot, id in enumerate(video.categories)}
+        slots = [slot_of_id[id] for id in video.ids]
+        boxes = np.zeros((video.num_frames, n, 4), np.float32)
+        valid = np.zeros((video.num_frames, n), bool)
+        if video.boxes:
+            boxes[video.frames, slots] = video.boxes
+            valid[video.frames, slots] = True
+        tracklets[name] = Tracklets(
+            boxes=boxes,
+            valid=valid,
+            hard=valid.copy(),
+            colors=palette(n),
+            ids=tuple(video.categories),
+            categories=tuple(video.categories.values()),
+        )
+    return tracklets
 
 
-def parse_own_format(file, told, prefix):
-    """This project's JSON, made to be written by hand:
+def parse_project(file: Path, document: dict[str, Any], prefix: str) -> Tracklets:
+    """Parse this project's JSON, which can be written by hand:
 
-        {"size": [854, 480],             optional: boxes are in these pixels; without it, in fractions of the picture
-         "frames": 14,                   optional: how many there are; default: up to the last one named
+        {"size": [854, 480],             optional: boxes are in these pixels; without it, in fractions
+         "frames": 14,                   optional: number of frames; default: up to the last keyframe
          "tracklets": [
            {"id": "rhino", "category": "animal",
             "boxes": {"0": [100, 80, 300, 240], "13": [400, 90, 600, 250], "20": null}}]}
 
-    Between two frames that are given the box is interpolated linearly and soft; null: gone from this frame on.
+    Between two keyframes the box is interpolated linearly and soft. null: the object is absent from
+    this frame on.
+
+    prefix: place of `document` in the file, for error messages.
     """
-    width, height = told.get("size") or (1, 1)
-    tracks, f = told["tracklets"], told.get("frames", 0)
+    width, height = document.get("size") or (1, 1)
+    scale = np.array([width, height, width, height])
+    tracks = document["tracklets"]
+    num_frames = document.get("frames", 0)
     if not isinstance(tracks, list):
         raise malformed_error(file, f"{prefix}tracklets", "a list", tracks)
-    keys = []
+
+    keyframes_of_tracks = []
     for i, track in enumerate(tracks):
-        where = f"{prefix}tracklets[{i}]"
+        place = f"{prefix}tracklets[{i}]"
         if not isinstance(track, dict) or not isinstance(track.get("boxes"), dict):
             raise malformed_error(
-                file, where, '{"id": ..., "boxes": {"0": [x1, y1, x2, y2], ...}}', track
+                file, place, '{"id": ..., "boxes": {"0": [x1, y1, x2, y2], ...}}', track
             )
-        given = {}
-        for frame, box in track["boxes"].items():
+        keyframes = {}
+        for frame, values in track["boxes"].items():
             if not frame.isdigit():
-                raise malformed_error(file, f"{where}: boxes", "frames counted from 0", frame)
-            scale = np.array([width, height, width, height])
-            expected = "[x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, or null"
-            box = (
-                None
-                if box is None
-                else np.array(parse_numbers(file, f"{where}, frame {frame}", expected, box)) / scale
-            )
-            if box is not None and not (
-                np.isfinite(box).all() and box[0] <= box[2] and box[1] <= box[3]
-            ):
-                raise malformed_error(
-                    file, f"{where}, frame {frame}", expected, track["boxes"][frame]
-                )
-            given[int(frame)] = box
-        keys.append(dict(sorted(given.items())))
-        f = max([f, *(k + 1 for k in given)])
+                raise malformed_error(file, f"{place}: boxes", "frames counted from 0", frame)
+            keyframes[int(frame)] = parse_keyframe(file, f"{place}, frame {frame}", values, scale)
+        keyframes_of_tracks.append(dict(sorted(keyframes.items())))
+        num_frames = max([num_frames, *(frame + 1 for frame in keyframes)])
+
     n = len(tracks)
-    boxes, valid, hard = (
-        np.zeros((f, n, 4), np.float32),
-        np.zeros((f, n), bool),
-        np.zeros((f, n), bool),
-    )
-    for slot, given in enumerate(keys):
-        for frame, box, hard_here in interpolate_keyframes(given):
-            boxes[frame, slot], valid[frame, slot], hard[frame, slot] = box, True, hard_here
+    boxes = np.zeros((num_frames, n, 4), np.float32)
+    valid = np.zeros((num_frames, n), bool)
+    hard = np.zeros((num_frames, n), bool)
+    for slot, keyframes in enumerate(keyframes_of_tracks):
+        for frame, box, is_keyframe in interpolate_keyframes(keyframes):
+            boxes[frame, slot] = box
+            valid[frame, slot] = True
+            hard[frame, slot] = is_keyframe
     ids = tuple(str(track.get("id", i)) for i, track in enumerate(tracks))
-    return Tracklets(
-        boxes, valid, hard, palette(n), ids, tuple(str(t.get("category", "")) for t in tracks)
-    )
+    categories = tuple(str(track.get("category", "")) for track in tracks)
+    return Tracklets(boxes, valid, hard, palette(n), ids, categories)
 
 
-def write_tracklets(file, tracklets):
-    """Write this project's JSON: the hard boxes, in fractions of the picture; soft ones come back by interpolation."""
-    document = {"frames": len(tracklets), "tracklets": []}
+def parse_keyframe(file: Path, place: str, values: Any, scale: np.ndarray) -> np.ndarray | None:
+    """Return a box (4,) xyxy in fractions of the picture, or None for null.
+
+    scale: (4,) what the values are divided by. Raises ValueError if they are not a box.
+    """
+    if values is None:
+        return None
+    expected = "[x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, or null"
+    box = np.array(parse_box(file, place, expected, values)) / scale
+    if not np.isfinite(box).all() or box[0] > box[2] or box[1] > box[3]:
+        raise malformed_error(file, place, expected, values)
+    return box
+
+
+# --------------------------------------------------------------------------------------------- write
+
+
+def write_tracklets(file: str | Path, tracklets: Tracklets) -> None:
+    """Write this project's JSON, see `parse_project`.
+
+    The hard boxes are written, in fractions of the picture. Soft boxes are not: a reader
+    interpolates between the hard ones.
+    """
+    tracks = []
     for slot, (id, category) in enumerate(zip(tracklets.ids, tracklets.categories)):
-        boxes, there = {}, False
+        boxes: dict[int, list[float] | None] = {}
+        was_valid = False
         for frame in range(len(tracklets)):
-            now = bool(tracklets.valid[frame, slot])
-            if now and tracklets.hard[frame, slot]:
+            is_valid = bool(tracklets.valid[frame, slot])
+            if is_valid and tracklets.hard[frame, slot]:
                 boxes[frame] = [round(float(x), 5) for x in tracklets.boxes[frame, slot]]
-            elif there and not now:
+            elif was_valid and not is_valid:
                 boxes[frame] = None
-            there = now
-        document["tracklets"].append({"id": id, "category": category, "boxes": boxes})
+            was_valid = is_valid
+        tracks.append({"id": id, "category": category, "boxes": boxes})
+    document = {"frames": len(tracklets), "tracklets": tracks}
     Path(file).write_text(json.dumps(document))
 
 
-def find_tracklets(source, video, size, is_only_video=False, texts=True):
-    """Tracklets of one video folder from `source`, an annotation file or a folder of them; None where it has none.
+# ---------------------------------------------------------------------------------------------- find
 
-    A folder may hold <video>.json, <video>.txt, <video>/tracklets.json or <video>/gt/gt.txt. only: the folder that is
-    trained on holds no other video, so that a file of one video needs no matching name. texts: <video>.txt is no caption."""
+
+def find_tracklets(
+    source: str | Path,
+    video: str,
+    size: Size | None,
+    is_only_video: bool = False,
+    accept_txt: bool = True,
+) -> Tracklets | None:
+    """Return the tracklets of one video, or None if `source` does not contain it.
+
+    Args:
+        source: an annotation file, or a folder with <video>.json, <video>.txt,
+            <video>/tracklets.json or <video>/gt/gt.txt.
+        video: name of the video.
+        size: (width, height) of the video, for files that do not contain it.
+        is_only_video: the training data is this video alone. Then the one video of an annotation
+            file is taken, whatever its name.
+        accept_txt: False if <video>.txt in a folder is not an annotation file but a caption.
+    """
     source = Path(source)
-    if source.is_dir():
-        choices = (
-            f"{video}.json",
-            *[f"{video}.txt"] * texts,
-            f"{video}/tracklets.json",
-            f"{video}/gt/gt.txt",
-        )
-        file = next((source / c for c in choices if (source / c).is_file()), None)
-        found = read_tracklets(file, size) if file else {}
-        return next(iter(found.values()), None) if len(found) == 1 else found.get(video)
-    found = read_tracklets(source, size)
-    return next(iter(found.values())) if is_only_video and len(found) == 1 else found.get(video)
+    if not source.is_dir():
+        videos = read_tracklets(source, size)
+        if is_only_video and len(videos) == 1:
+            return next(iter(videos.values()))
+        return videos.get(video)
+
+    names = [f"{video}.json"]
+    if accept_txt:
+        names.append(f"{video}.txt")
+    names += [f"{video}/tracklets.json", f"{video}/gt/gt.txt"]
+    for name in names:
+        if (source / name).is_file():
+            videos = read_tracklets(source / name, size)
+            if len(videos) == 1:
+                return next(iter(videos.values()))
+            return videos.get(video)
+    return None
 
 
-def find_clip_tracklets(path, source, size, is_only_video=False):
-    """Tracklets of the video at `path`, a folder of frames or a file, from `source`, as find_tracklets has it; None: those that lie
-    in it or beside it, where a <video>.txt is a caption."""
+def find_clip_tracklets(
+    path: str | Path, source: str | Path | None, size: Size | None, is_only_video: bool = False
+) -> Tracklets | None:
+    """Return the tracklets of the video at `path`, or None if there are none.
+
+    path: a folder of frames, or a video file. source: see `find_tracklets`; None looks in the video
+    folder and beside the video, where <video>.txt is a caption.
+    """
     path = Path(path)
-    name = path.name if path.is_dir() else path.stem
-    return find_tracklets(source or path.parent, name, size, is_only_video, texts=source is not None)
+    video = path.name if path.is_dir() else path.stem
+    if source:
+        return find_tracklets(source, video, size, is_only_video)
+    return find_tracklets(path.parent, video, size, is_only_video, accept_txt=False)
 
 
-def find_picture_tracklets(source, path, size):
-    """Those of `source` for a picture: of the video in whose folder it lies or after which it is named, or the only ones."""
-    names = Path(path).absolute().parent.name, Path(path).stem
-    found = read_tracklets(source, size)
-    for name in names if len(found) > 1 else found:
-        if name in found:
-            return found[name]
+def find_picture_tracklets(source: str | Path, path: str | Path, size: Size | None) -> Tracklets:
+    """Return the tracklets in the annotation file `source` for the picture at `path`.
+
+    The video is the only one in the file, or the one with the name of the picture's folder, or the
+    one with the name of the picture. Raises ValueError if there is no such video.
+    """
+    videos = read_tracklets(source, size)
+    if len(videos) == 1:
+        return next(iter(videos.values()))
+    folder_name = Path(path).absolute().parent.name
+    picture_name = Path(path).stem
+    for name in (folder_name, picture_name):
+        if name in videos:
+            return videos[name]
     raise ValueError(
-        f"{source}: has {len(found)} videos, none of them named {' or '.join(names)}: {sorted(found)[:5]}"
+        f"{source}: has {len(videos)} videos, none of them named {folder_name} or {picture_name}: "
+        f"{sorted(videos)[:5]}"
     )

@@ -1,272 +1,399 @@
-"""Tracklets: boxes over time, one slot an object. Public formats in; crops, soft boxes and pictures out.
+"""Tracklets: boxes of objects over time, and what training and inference do with them.
 
-    python -m svd_xtend.evaluation.tracklet_score gt/gt.txt --frames img1 --output_dir outputs/boxes      # look at an annotation
-    python -m svd_xtend.evaluation.tracklet_score clip_boxes.json --frames clip.mp4 --score tracker.txt   # were the boxes obeyed?
+    tracklets = fit_to_picture(tracklets, (854, 480), 512, 320, "crop", range(14), slots=8)
+    soft = tracklets.mark_soft(rng, probability=0.8).grow_soft_boxes(rng)
+    control = soft.cond()                                  # arrays for the model
+    target = draw_boxes(pixel_values, tracklets)           # the target of self-tracking
 
-    format           told by                                    frames     boxes
-    this project's   "tracklets", or "videos" of such           0-based    xyxy, fractions or pixels: see `own_format`
-    BDD100K          a list of frames, or {"frames": [...]}     0-based    box2d {x1, y1, x2, y2}, pixels
-    YouTube-VIS      "videos" and "annotations"                 0-based    x y w h or null, pixels
-    MOTChallenge     9 or 10 numbers a line, with commas        1-based    x y w h, 1-based pixels
-    KITTI tracking   17 or 18 words a line                      0-based    xyxy, pixels
+A tracklet has a slot, which is the same in all frames. Annotation files are read and written by
+svd_xtend/data/annotations.py, and the layers that see the boxes are in
+svd_xtend/models/box_control.py.
 
-Next: svd_xtend/models/box_control.py, the layers that see them.
+Letters in shapes: f frames, n slots (objects), h and w height and width in pixels.
 """
 
+from __future__ import annotations
+
 import colorsys
-import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-logger = logging.getLogger("svd_xtend")
+from svd_xtend.data.images import SHEET_GAP, enlarge, stack_images
 
-LINE_WIDTH = (
-    4 / 1024
-)  # of a drawn box, as a fraction of the picture's width (TrackDiffusion's SVD branch: 4 px at 1024)
-SOFT_BOX_BETA = (
-    1,
-    8,
-)  # soft boxes grow on each side by Beta(1, 8) times the picture's size (Boximator, Sec. 4)
+# width of a drawn line as a fraction of the picture's width: 4 of 1024 px, TrackDiffusion's SVD branch
+LINE_WIDTH = 4 / 1024
+MIN_LINE_WIDTH = 2  # pixels
+# soft boxes grow on each side by Beta(1, 8) times the picture's size (Boximator, Sec. 4)
+SOFT_BOX_BETA = (1, 8)
+SOFT_OBJECT_PROBABILITY = 0.5  # of an object to be soft or hard in all frames alike
+RENDER_WIDTH = 256  # pixels, the least width of pictures that are rendered for people
 
 
-def palette(n):
-    """n colours (n, 3) in [0, 1], far apart: hues round the wheel."""
-    return np.array(
-        [colorsys.hsv_to_rgb(i / max(n, 1), 1.0, 1.0) for i in range(n)], np.float32
-    ).reshape(n, 3)
+def palette(n: int) -> np.ndarray:
+    """Return n colours (n, 3) in [0, 1] whose hues are evenly spread over the colour wheel."""
+    colors = [colorsys.hsv_to_rgb(i / n, 1.0, 1.0) for i in range(n)]
+    return np.array(colors, np.float32).reshape(n, 3)
 
 
 @dataclass(frozen=True)
 class Tracklets:
-    """Boxes of n objects over f frames; a slot is the same object in all frames.
+    """Boxes of n objects over f frames. A slot is the same object in all frames."""
 
-    boxes (f, n, 4) float32 xyxy in [0, 1] of the picture's width and height; valid (f, n) bool: the object is there;
-    hard (f, n) bool: the box is exact, not a region that holds it; colors (n, 3) in [0, 1]; ids and categories: n str.
-    """
-
-    boxes: np.ndarray
-    valid: np.ndarray
-    hard: np.ndarray
-    colors: np.ndarray
-    ids: tuple
-    categories: tuple
+    boxes: np.ndarray  # (f, n, 4) float32: xyxy as fractions of the picture, in [0, 1]
+    valid: np.ndarray  # (f, n) bool: the object is in the frame
+    hard: (
+        np.ndarray
+    )  # (f, n) bool: the box is exact; soft boxes are regions that contain the object
+    colors: np.ndarray  # (n, 3) float32 in [0, 1]
+    ids: tuple[str, ...]  # n
+    categories: tuple[str, ...]  # n
 
     @staticmethod
-    def empty(f):
-        """f frames of nothing."""
-        none = np.zeros((f, 0), bool)
-        return Tracklets(np.zeros((f, 0, 4), np.float32), none, none, palette(0), (), ())
+    def empty(num_frames: int) -> Tracklets:
+        """Return tracklets of `num_frames` frames and no objects."""
+        return Tracklets(
+            boxes=np.zeros((num_frames, 0, 4), np.float32),
+            valid=np.zeros((num_frames, 0), bool),
+            hard=np.zeros((num_frames, 0), bool),
+            colors=palette(0),
+            ids=(),
+            categories=(),
+        )
 
-    def __len__(self):
-        """Frames."""
+    def __len__(self) -> int:
+        """Return the number of frames."""
         return len(self.boxes)
 
-    def at(self, frames):
-        """These frames, by their numbers; where the annotation ends early, nothing is there."""
-        frames = np.asarray(frames)
-        there, kept = frames < len(self), np.minimum(frames, max(len(self) - 1, 0))
-        if not len(self):
-            return Tracklets.empty(len(frames))
-        return replace(self, boxes=self.boxes[kept] * there[:, None, None], valid=self.valid[kept] & there[:, None], hard=self.hard[kept] & there[:, None])  # fmt: skip
+    # ------------------------------------------------------------------- frames, crops and slots
 
-    def project(self, crop):
-        """As seen in `crop`, xyxy fractions of the picture. What leaves it becomes a line on its border (Boximator)."""
+    def at(self, frame_indices: Sequence[int] | np.ndarray) -> Tracklets:
+        """Select frames. Frames after the end of the annotation contain no objects."""
+        if len(self) == 0:
+            return Tracklets.empty(len(frame_indices))
+        frame_indices = np.asarray(frame_indices)
+        is_annotated = frame_indices < len(self)
+        indices = np.minimum(frame_indices, len(self) - 1)
+        return replace(
+            self,
+            boxes=self.boxes[indices] * is_annotated[:, None, None],
+            valid=self.valid[indices] & is_annotated[:, None],
+            hard=self.hard[indices] & is_annotated[:, None],
+        )
+
+    def project(self, crop: tuple[float, float, float, float]) -> Tracklets:
+        """Express the boxes in fractions of `crop`, which is xyxy in fractions of the picture.
+
+        A box outside the crop becomes a line on its border (Boximator).
+        """
         x0, y0, x1, y1 = crop
-        boxes = (self.boxes - np.array([x0, y0, x0, y0])) / np.array([x1 - x0, y1 - y0] * 2)
+        offset = np.array([x0, y0, x0, y0])
+        size = np.array([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+        boxes = (self.boxes - offset) / size
         return replace(self, boxes=boxes.clip(0, 1).astype(np.float32))
 
-    def flip(self):
-        """Mirrored left to right."""
+    def flip(self) -> Tracklets:
+        """Mirror the boxes left to right."""
         x0, y0, x1, y1 = np.moveaxis(self.boxes, -1, 0)
         return replace(self, boxes=np.stack([1 - x1, y0, 1 - x0, y1], -1))
 
-    def take_slots(self, slots):
-        """These slots, in this order."""
+    def take_slots(self, slots: Sequence[int]) -> Tracklets:
+        """Select slots, in the given order."""
         return Tracklets(
-            self.boxes[:, slots], self.valid[:, slots], self.hard[:, slots], self.colors[slots],
-            tuple(self.ids[i] for i in slots), tuple(self.categories[i] for i in slots),
-        )  # fmt: skip
-
-    def select_largest(self, n, min_size=0.0):
-        """The at most n largest and longest: by area summed over the frames in which they are there. Objects that are
-        never in the picture, or whose longer side never reaches `min_size` of it, go."""
-        sides = np.maximum(self.boxes[..., 2:] - self.boxes[..., :2], 0) * self.valid[..., None]
-        areas, longest = sides.prod(-1).sum(0), sides.max((0, 2), initial=0)
-        order = [
-            int(i)
-            for i in np.argsort(-areas, kind="stable")
-            if areas[i] > 0 and longest[i] >= min_size
-        ]
-        return self.take_slots(sorted(order[:n]))
-
-    def pad(self, n):
-        """To n slots in the colours of `palette(n)`; the new ones hold nothing."""
-        f, own = self.valid.shape
-        if own > n:
-            raise ValueError(f"{own} objects do not fit {n} slots; choose among them first")
-        boxes, valid, hard = (
-            np.zeros((f, n, 4), np.float32),
-            np.zeros((f, n), bool),
-            np.zeros((f, n), bool),
+            boxes=self.boxes[:, slots],
+            valid=self.valid[:, slots],
+            hard=self.hard[:, slots],
+            colors=self.colors[slots],
+            ids=tuple(self.ids[slot] for slot in slots),
+            categories=tuple(self.categories[slot] for slot in slots),
         )
-        boxes[:, :own], valid[:, :own], hard[:, :own] = self.boxes, self.valid, self.hard
-        more = ("",) * (n - own)
-        return Tracklets(boxes, valid, hard, palette(n), self.ids + more, self.categories + more)
 
-    def mark_soft(self, rng, probability):
-        """Mark boxes as soft with this probability; `relaxed` then hides where exactly they were.
+    def select_largest(self, n: int, min_size: float = 0.0) -> Tracklets:
+        """Select at most `n` objects: those whose area, summed over the frames, is the largest.
 
-        For half of the objects each frame is drawn for itself, for the others all frames as one: tracks that are exact
-        throughout, as people draw them, would hardly ever occur otherwise."""
-        draws, whole = rng.random(self.hard.shape), rng.random(self.hard.shape[1]) < 0.5
-        draws = np.where(whole, draws[:1], draws)
+        Objects that are never in the picture are left out, and so are objects whose longer side is
+        shorter than `min_size`, as a fraction of the picture, in all frames.
+        """
+        sides = np.maximum(self.boxes[..., 2:] - self.boxes[..., :2], 0) * self.valid[..., None]
+        areas = sides.prod(-1).sum(0)
+        longest_sides = sides.max((0, 2), initial=0)
+        slots = []
+        for slot in np.argsort(-areas, kind="stable"):
+            if areas[slot] > 0 and longest_sides[slot] >= min_size:
+                slots.append(int(slot))
+        return self.take_slots(sorted(slots[:n]))
+
+    def pad(self, n: int) -> Tracklets:
+        """Add slots without objects up to `n`, and use the colours of `palette(n)`.
+
+        Raises ValueError if there are more than `n` objects.
+        """
+        num_frames, num_objects = self.valid.shape
+        if num_objects > n:
+            raise ValueError(
+                f"{num_objects} objects do not fit {n} slots. Call select_largest({n}) first."
+            )
+        boxes = np.zeros((num_frames, n, 4), np.float32)
+        valid = np.zeros((num_frames, n), bool)
+        hard = np.zeros((num_frames, n), bool)
+        boxes[:, :num_objects] = self.boxes
+        valid[:, :num_objects] = self.valid
+        hard[:, :num_objects] = self.hard
+        no_names = ("",) * (n - num_objects)
+        return Tracklets(
+            boxes, valid, hard, palette(n), self.ids + no_names, self.categories + no_names
+        )
+
+    # ------------------------------------------------------------------------- hard and soft boxes
+
+    def mark_soft(self, rng: np.random.Generator, probability: float) -> Tracklets:
+        """Mark boxes as soft with a probability. `grow_soft_boxes` then enlarges them.
+
+        For half of the objects the frames are drawn independently, for the other half all frames
+        alike. Otherwise tracklets that are exact in all frames, as people draw them, would hardly
+        ever occur in training.
+        """
+        draws = rng.random(self.hard.shape)
+        is_drawn_once = rng.random(self.hard.shape[1]) < SOFT_OBJECT_PROBABILITY
+        draws = np.where(is_drawn_once, draws[:1], draws)
         return replace(self, hard=self.hard & (draws >= probability))
 
-    def grow_soft_boxes(self, rng=None):
-        """Soft boxes grown on each side by Beta(1, 8) of the picture, at most to its border; without rng by the mean,
-        1/9. What the model is shown: draw and measure with the boxes before it."""
-        a, b = SOFT_BOX_BETA
-        margins = (
-            np.full(self.boxes.shape, a / (a + b))
-            if rng is None
-            else rng.beta(a, b, self.boxes.shape)
-        )
-        grown = (self.boxes + margins * np.array([-1, -1, 1, 1])).clip(0, 1)
-        return replace(
-            self, boxes=np.where(self.hard[..., None], self.boxes, grown).astype(np.float32)
-        )
+    def grow_soft_boxes(self, rng: np.random.Generator | None = None) -> Tracklets:
+        """Enlarge soft boxes on each side by Beta(1, 8) of the picture, at most to its border.
 
-    def only_ends(self):
-        """As a user gives a path: for each object the first and the last box; what lies between is interpolated and soft."""
-        boxes, valid, hard = self.boxes.copy(), self.valid.copy(), np.zeros_like(self.hard)
+        Without `rng` the boxes grow by the mean of Beta(1, 8), which is 1/9. The result is for the
+        model. Draw and measure with the boxes before they grew.
+        """
+        a, b = SOFT_BOX_BETA
+        if rng is None:
+            margins = np.full(self.boxes.shape, a / (a + b))
+        else:
+            margins = rng.beta(a, b, self.boxes.shape)
+        outward = np.array([-1, -1, 1, 1])
+        grown = (self.boxes + margins * outward).clip(0, 1)
+        boxes = np.where(self.hard[..., None], self.boxes, grown)
+        return replace(self, boxes=boxes.astype(np.float32))
+
+    def only_ends(self) -> Tracklets:
+        """Keep the first and the last box of each object, and interpolate between them.
+
+        The interpolated boxes are soft. This is how a user gives a path.
+        """
+        boxes = self.boxes.copy()
+        valid = self.valid.copy()
+        hard = np.zeros_like(self.hard)
         for slot in np.flatnonzero(self.valid.any(0)):
-            first, last = np.flatnonzero(self.valid[:, slot])[[0, -1]]
-            given = {int(f): self.boxes[f, slot] for f in (first, last)}
-            for f, box, exact in interpolate_keyframes(given):
-                boxes[f, slot], valid[f, slot], hard[f, slot] = box, True, exact
+            valid_frames = np.flatnonzero(self.valid[:, slot])
+            first = int(valid_frames[0])
+            last = int(valid_frames[-1])
+            keyframes = {first: self.boxes[first, slot], last: self.boxes[last, slot]}
+            for frame, box, is_keyframe in interpolate_keyframes(keyframes):
+                boxes[frame, slot] = box
+                valid[frame, slot] = True
+                hard[frame, slot] = is_keyframe
         return replace(self, boxes=boxes, valid=valid, hard=hard)
 
-    def shuffled_colors(self, rng):
-        """Another order of the colours: the model must not learn that slot 0 is red."""
+    # -------------------------------------------------------------------------------- for the model
+
+    def shuffled_colors(self, rng: np.random.Generator) -> Tracklets:
+        """Permute the colours, so that the model does not learn that slot 0 is red."""
         return replace(self, colors=self.colors[rng.permutation(len(self.colors))])
 
-    def without_objects(self):
-        """The same slots with nothing in them."""
+    def without_objects(self) -> Tracklets:
+        """Empty all slots."""
         return replace(self, valid=np.zeros_like(self.valid))
 
-    def cond(self):
-        """Keyword arguments of the model: boxes (f, n, 4), valid (f, n), hard (f, n), colors (n, 3), all float32."""
-        names = ("boxes", "valid", "hard", "colors")
-        return {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in names}
+    def cond(self) -> dict[str, np.ndarray]:
+        """Return the model's keyword arguments, all float32.
+
+        boxes (f, n, 4); valid and hard (f, n) with 0 or 1; colors (n, 3).
+        """
+        return {
+            "boxes": np.ascontiguousarray(self.boxes, dtype=np.float32),
+            "valid": np.ascontiguousarray(self.valid, dtype=np.float32),
+            "hard": np.ascontiguousarray(self.hard, dtype=np.float32),
+            "colors": np.ascontiguousarray(self.colors, dtype=np.float32),
+        }
 
 
-def crop_window(size, width, height, resize_mode="crop"):
-    """What video.load_image keeps of a picture of `size` (w, h), xyxy in fractions of it."""
+def crop_window(
+    size: tuple[int, int], width: int, height: int, resize_mode: str = "crop"
+) -> tuple[float, float, float, float]:
+    """Return the part of a picture that images.load_image keeps, xyxy in fractions of the picture.
+
+    size: (width, height) of the picture. width, height: of the clip. resize_mode: "crop" keeps the
+    largest centred part of the clip's aspect ratio, "stretch" keeps all.
+    """
     if resize_mode == "stretch":
         return 0.0, 0.0, 1.0, 1.0
     w, h = size
-    keep_x, keep_y = min(1.0, width / height * h / w), min(1.0, height / width * w / h)
-    return (1 - keep_x) / 2, (1 - keep_y) / 2, (1 + keep_x) / 2, (1 + keep_y) / 2
+    kept_x = min(1.0, width / height * h / w)
+    kept_y = min(1.0, height / width * w / h)
+    return (1 - kept_x) / 2, (1 - kept_y) / 2, (1 + kept_x) / 2, (1 + kept_y) / 2
 
 
-def fit_to_picture(tracklets, size, width, height, resize_mode, frames, n, min_size=0.0):
-    """Tracklets of pictures of `size` -> those of a clip of `frames`, by their numbers: crop, at most n objects, n slots."""
-    seen = tracklets.at(frames).project(crop_window(size, width, height, resize_mode))
-    return seen.select_largest(n, min_size).pad(n)
+def fit_to_picture(
+    tracklets: Tracklets,
+    size: tuple[int, int],
+    width: int,
+    height: int,
+    resize_mode: str,
+    frame_indices: Sequence[int] | np.ndarray,
+    slots: int,
+    min_size: float = 0.0,
+) -> Tracklets:
+    """Return the tracklets of a clip, from those of its source video.
+
+    Args:
+        tracklets: of all frames of the source video.
+        size: (width, height) of the source video.
+        width: of the clip.
+        height: of the clip.
+        resize_mode: "crop" or "stretch", see `crop_window`.
+        frame_indices: frames of the source video that the clip shows.
+        slots: number of slots; the largest objects are selected.
+        min_size: see `Tracklets.select_largest`.
+    """
+    crop = crop_window(size, width, height, resize_mode)
+    visible = tracklets.at(frame_indices).project(crop)
+    return visible.select_largest(slots, min_size).pad(slots)
 
 
-# ---------------------------------------------------------------------------------------------------------------- draw
+# ---------------------------------------------------------------------------------------------- draw
 
 
-def draw_boxes(pixel_values, tracklets, first=1, line_width=None):
-    """Self-tracking's target: frames (f, 3, h, w) uint8 with each valid box outlined in its colour, from frame `first`
-    on (frame 0 is the condition and stays clean). Lines lie inside the box, 4 px wide per 1024 of width, at least 2."""
-    from PIL import Image, ImageDraw
+def draw_boxes(
+    pixel_values: np.ndarray,
+    tracklets: Tracklets,
+    from_frame: int = 1,
+    line_width: int | None = None,
+) -> np.ndarray:
+    """Draw the outline of each valid box in its colour: the target of self-tracking (Boximator).
 
+    Lines lie inside the boxes. Frame 0 is the condition of the model and stays clean by default.
+
+    Args:
+        pixel_values: (f, 3, h, w) uint8.
+        tracklets: of the same f frames.
+        from_frame: the first frame with boxes.
+        line_width: in pixels; by default 4 per 1024 pixels of the width, and at least 2.
+
+    Returns:
+        A new array (f, 3, h, w) uint8.
+    """
     frames = np.ascontiguousarray(pixel_values.transpose(0, 2, 3, 1))
-    line = line_width or max(2, round(LINE_WIDTH * frames.shape[2]))
-    for f in range(first, len(frames)):
+    if not line_width:
+        line_width = max(MIN_LINE_WIDTH, round(LINE_WIDTH * frames.shape[2]))
+    for f in range(from_frame, len(frames)):
         picture = Image.fromarray(frames[f])
-        for n in np.flatnonzero(tracklets.valid[f]):
-            color, box = to_rgb(tracklets.colors[n]), to_pixel_corners(tracklets.boxes[f, n], picture.size)
-            most = (
-                min(box[2] - box[0], box[3] - box[1]) + 1
-            ) // 2  # beyond it Pillow draws outwards
-            ImageDraw.Draw(picture).rectangle(box, outline=color, width=max(1, min(line, most)))
+        for slot in np.flatnonzero(tracklets.valid[f]):
+            left, top, right, bottom = to_pixel_corners(tracklets.boxes[f, slot], picture.size)
+            # Pillow draws wider lines to the outside of the box
+            max_line_width = (min(right - left, bottom - top) + 1) // 2
+            ImageDraw.Draw(picture).rectangle(
+                (left, top, right, bottom),
+                outline=to_rgb(tracklets.colors[slot]),
+                width=max(1, min(line_width, max_line_width)),
+            )
         frames[f] = np.asarray(picture)
     return frames.transpose(0, 3, 1, 2)
 
 
-def to_pixel_corners(box, size):
-    """xyxy in [0, 1] -> the corner pixels, of which at least one is in the picture."""
+def to_pixel_corners(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the first and last pixel of a box, (left, top, right, bottom), both included.
+
+    box: xyxy in [0, 1]. size: (width, height). The first pixel is always inside the picture.
+    """
     w, h = size
     x0, y0, x1, y1 = (box * np.array([w, h, w, h])).round().astype(int).tolist()
-    x0, y0 = min(x0, w - 1), min(y0, h - 1)
-    return x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)
+    left = min(x0, w - 1)
+    top = min(y0, h - 1)
+    return left, top, max(x1 - 1, left), max(y1 - 1, top)
 
 
-def to_rgb(color):
+def to_rgb(color: np.ndarray) -> tuple[int, ...]:
+    """Return a colour (3,) in [0, 1] as integers in [0, 255]."""
     return tuple((color * 255).round().astype(int).tolist())
 
 
-def render_boxes(frames, tracklets, least=256):
-    """For people: PIL frames enlarged, hard boxes in a thick line, soft ones in a thin one, ids beside them."""
-    from PIL import ImageDraw, ImageFont
+def render_boxes(
+    frames: Sequence[Image.Image], tracklets: Tracklets, min_width: int = RENDER_WIDTH
+) -> list[Image.Image]:
+    """Return the frames with boxes and ids, for people to look at.
 
-    from svd_xtend.data.images import enlarge
-
-    pictures = [enlarge(frame, least).convert("RGB") for frame in frames]
+    Hard boxes have thick lines, soft boxes thin ones. Frames are enlarged to `min_width` pixels.
+    """
+    pictures = [enlarge(frame, min_width).convert("RGB") for frame in frames]
     for f, picture in enumerate(pictures[: len(tracklets)]):
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(12, picture.width // 40))
-        for n in np.flatnonzero(tracklets.valid[f]):
-            color, box = to_rgb(tracklets.colors[n]), to_pixel_corners(tracklets.boxes[f, n], picture.size)
-            draw.rectangle(
-                box,
-                outline=color,
-                width=max(2, picture.width // 160) if tracklets.hard[f, n] else 1,
-            )
-            where = box[0] + 3, box[1] + 1
+        draw = ImageDraw.Draw(picture)
+        font = ImageFont.load_default(max(12, picture.width // 40))
+        hard_line_width = max(2, picture.width // 160)
+        for slot in np.flatnonzero(tracklets.valid[f]):
+            color = to_rgb(tracklets.colors[slot])
+            corners = to_pixel_corners(tracklets.boxes[f, slot], picture.size)
+            line_width = hard_line_width if tracklets.hard[f, slot] else 1
+            draw.rectangle(corners, outline=color, width=line_width)
             draw.text(
-                where, tracklets.ids[n], fill=color, font=font, stroke_width=1, stroke_fill="black"
+                (corners[0] + 3, corners[1] + 1),
+                tracklets.ids[slot],
+                fill=color,
+                font=font,
+                stroke_width=1,
+                stroke_fill="black",
             )
     return pictures
 
 
-def beside_boxes(frames, tracklets, least=256):
-    """The clean frames, enlarged, and to the right of each the same with its boxes."""
-    from svd_xtend.data.images import SHEET_GAP, enlarge, stack_images
-
-    return [
-        stack_images([enlarge(a, least), b], gap=SHEET_GAP)
-        for a, b in zip(frames, render_boxes(frames, tracklets, least))
-    ]
-
-
-# --------------------------------------------------------------------------------------------------------------- score
+def beside_boxes(
+    frames: Sequence[Image.Image], tracklets: Tracklets, min_width: int = RENDER_WIDTH
+) -> list[Image.Image]:
+    """Return each frame, enlarged, with a copy to its right that has boxes and ids."""
+    pairs = []
+    for frame, with_boxes in zip(frames, render_boxes(frames, tracklets, min_width)):
+        pairs.append(stack_images([enlarge(frame, min_width), with_boxes], gap=SHEET_GAP))
+    return pairs
 
 
-def box_iou(a, b):
-    """Intersection over union of xyxy boxes, (..., 4) and (..., 4) broadcast."""
-    corner = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    both = corner.clip(0).prod(-1)
-    total = (
-        (a[..., 2:] - a[..., :2]).clip(0).prod(-1)
-        + (b[..., 2:] - b[..., :2]).clip(0).prod(-1)
-        - both
-    )
-    return np.where(total > 0, both / np.maximum(total, 1e-12), 0.0)
+# -------------------------------------------------------------------------------- functions of boxes
 
 
-def interpolate_keyframes(given):
-    """{frame: box or None} -> (frame, box, is it one of those given) for each frame in which the object is there."""
-    frames = list(given)
-    for a, b in zip(frames, [*frames[1:], None]):
-        if given[a] is None:
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of xyxy boxes, 0 for two boxes without area.
+
+    a, b: (..., 4), broadcast against each other. Returns (...) in [0, 1].
+    """
+    overlap = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    intersection = overlap.clip(0).prod(-1)
+    area_a = (a[..., 2:] - a[..., :2]).clip(0).prod(-1)
+    area_b = (b[..., 2:] - b[..., :2]).clip(0).prod(-1)
+    union = area_a + area_b - intersection
+    return np.where(union > 0, intersection / np.maximum(union, 1e-12), 0.0)
+
+
+def interpolate_keyframes(
+    keyframes: Mapping[int, np.ndarray | None],
+) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """Yield (frame, box, is_keyframe) for each frame in which an object is present.
+
+    Boxes between two keyframes are interpolated linearly.
+
+    keyframes: {frame: box (4,), or None if the object is absent from this frame on}, in the order
+    of the frames. The object is absent after the last keyframe.
+    """
+    frames = list(keyframes)
+    for index, frame in enumerate(frames):
+        box = keyframes[frame]
+        if box is None:
             continue
-        yield a, given[a], True
-        if b is None or given[b] is None:
+        yield frame, box, True
+        if index + 1 == len(frames):
             continue
-        for frame in range(a + 1, b):
-            t = (frame - a) / (b - a)
-            yield frame, (1 - t) * given[a] + t * given[b], False
+        next_frame = frames[index + 1]
+        next_box = keyframes[next_frame]
+        if next_box is None:
+            continue
+        for between in range(frame + 1, next_frame):
+            t = (between - frame) / (next_frame - frame)
+            yield between, (1 - t) * box + t * next_box, False

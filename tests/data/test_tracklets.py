@@ -1,6 +1,7 @@
-"""Tracklets: what annotation files say, what a crop leaves of it, what is drawn and what is scored."""
+"""Tracklets: reading annotation files, crops, soft boxes, drawing and scores."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from svd_xtend.demo.synthetic_clips import (
     write_clips,
 )
 from svd_xtend.evaluation import tracklet_score
+from svd_xtend.evaluation.tracklet_score import score_tracklets
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(
@@ -32,19 +34,29 @@ real_data = pytest.mark.skipif(
 )
 
 
-def some(f=6, n=3, seed=0):
-    """Random tracklets with gaps."""
+def random_tracklets(f=6, n=3, seed=0):
+    """Return n random tracklets of f frames, with gaps."""
     rng = np.random.default_rng(seed)
-    corner, size = rng.uniform(0, 0.6, (f, n, 2)), rng.uniform(0.1, 0.4, (f, n, 2))
+    corner = rng.uniform(0, 0.6, (f, n, 2))
+    size = rng.uniform(0.1, 0.4, (f, n, 2))
     boxes = np.concatenate([corner, corner + size], -1).astype(np.float32)
     valid = rng.random((f, n)) < 0.8
-    return Tracklets(
-        boxes, valid, valid.copy(), palette(n), tuple(map(str, range(n))), ("car",) * n
-    )
+    ids = tuple(str(i) for i in range(n))
+    return Tracklets(boxes, valid, valid.copy(), palette(n), ids, ("car",) * n)
+
+
+def one_tracklet(boxes):
+    """Return a tracklet that is valid and hard in all frames. boxes: [x0, y0, x1, y1] of each."""
+    boxes = np.array(boxes, np.float32).reshape(-1, 1, 4)
+    valid = np.ones((len(boxes), 1), bool)
+    return Tracklets(boxes, valid, valid, palette(1), ("0",), ("",))
 
 
 def write(path, document):
-    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    """Write text, or another value as JSON. Return the path."""
+    if not isinstance(document, str):
+        document = json.dumps(document)
+    path.write_text(document)
     return path
 
 
@@ -68,7 +80,9 @@ def bdd_frames():
 @pytest.mark.parametrize(
     "wrap", [lambda frames: frames, lambda frames: {"frames": frames, "config": {}}]
 )
-def test_bdd100k_reads_both_layouts_any_id_null_labels_and_missing_boxes(tmp_path, wrap):
+def test_bdd100k_files_may_have_either_layout_any_id_null_labels_and_labels_without_box(
+    tmp_path, wrap
+):
     got = annotations.read_tracklets(write(tmp_path / "v.json", wrap(bdd_frames())), (128, 72))["v"]
     assert got.ids == ("7", "8") and got.categories == ("car", "pedestrian")
     assert got.valid.tolist() == [[True, True], [False, False], [False, False], [True, False]]
@@ -77,26 +91,23 @@ def test_bdd100k_reads_both_layouts_any_id_null_labels_and_missing_boxes(tmp_pat
     )  # the right and lower pixel belong to the box
 
 
-def test_scalabels_own_size_wins_over_the_pictures(tmp_path):
+def test_the_size_in_a_scalabel_file_takes_precedence_over_the_pictures(tmp_path):
     document = {"frames": bdd_frames(), "config": {"imageSize": {"width": 128, "height": 72}}}
     got = annotations.read_tracklets(write(tmp_path / "v.json", document), (1, 1))["v"]
     np.testing.assert_allclose(got.boxes[0, 0], [0, 0.5, 0.5, 1])
 
 
 def test_older_bdd_files_count_frames_as_index_or_not_at_all(tmp_path):
-    for key in ("index", None):
-        frames = [{k: v for k, v in f.items() if k != "frameIndex"} for f in bdd_frames()]
-        if key:
-            for i, frame in enumerate(frames):
-                frame[key] = i
-        assert annotations.read_tracklets(write(tmp_path / "v.json", frames), (128, 72))["v"].valid[
-            :, 0
-        ].tolist() == [
-            1,
-            0,
-            0,
-            1,
-        ]
+    with_index = bdd_frames()
+    without_index = bdd_frames()
+    for i, frame in enumerate(with_index):
+        del frame["frameIndex"]
+        frame["index"] = i
+    for frame in without_index:
+        del frame["frameIndex"]
+    for frames in (with_index, without_index):
+        got = annotations.read_tracklets(write(tmp_path / "v.json", frames), (128, 72))["v"]
+        assert got.valid[:, 0].tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("columns", ["1,1,1", "1,-1,-1,-1"])
@@ -132,7 +143,7 @@ def test_youtube_vis_null_is_absent(tmp_path):
     np.testing.assert_allclose(got.boxes[2, 0], [0.5, 0.5, 1, 1])
 
 
-def test_own_format_hits_its_keyframes_is_soft_between_them_and_null_ends_it(tmp_path):
+def test_json_boxes_are_hard_at_keyframes_soft_between_them_and_absent_from_null_on(tmp_path):
     boxes = {"0": [0, 0, 20, 10], "4": [40, 20, 60, 30], "6": None, "8": [0, 0, 10, 10]}
     document = {
         "size": [100, 50],
@@ -147,8 +158,8 @@ def test_own_format_hits_its_keyframes_is_soft_between_them_and_null_ends_it(tmp
     )
 
 
-def test_own_format_holds_several_videos_and_reads_back_what_it_wrote(tmp_path):
-    ours = some()
+def test_json_files_can_contain_several_videos_and_read_back_what_was_written(tmp_path):
+    ours = random_tracklets()
     annotations.write_tracklets(tmp_path / "a.json", ours)
     document = json.loads((tmp_path / "a.json").read_text())
     got = annotations.read_tracklets(
@@ -159,17 +170,16 @@ def test_own_format_holds_several_videos_and_reads_back_what_it_wrote(tmp_path):
     np.testing.assert_allclose(got["a"].boxes[ours.valid], ours.boxes[ours.valid], atol=1e-5)
 
 
-def test_the_readmes_boxes_are_read(tmp_path):
-    text = (
-        (Path(__file__).parents[2] / "README.md").read_text().split("```json\n")[1].split("```")[0]
-    )
+def test_the_example_in_the_documentation_is_read(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "box-control.md"
+    text = page.read_text().split("```json\n")[1].split("```")[0]
     got = annotations.read_tracklets(write(tmp_path / "a.json", text))["a"]
     assert got.ids == ("rhino", "mammoth") and len(got) == 14
     assert got.valid.sum(0).tolist() == [14, 7] and got.hard.sum(0).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, expected",
     [
         ("{", "expected JSON"),
         ('{"a": 1}', "tracklets"),
@@ -198,11 +208,12 @@ def test_the_readmes_boxes_are_read(tmp_path):
         ('{"videos": [], "annotations": [{"video_id": 1}]}', "annotations[0]: video_id"),
     ],
 )
-def test_a_malformed_file_is_one_error_with_file_record_and_expectation(tmp_path, text, told):
+def test_a_malformed_file_is_one_error_with_file_record_and_expectation(tmp_path, text, expected):
     file = write(tmp_path / "bad.txt", text)
     with pytest.raises(ValueError) as error:
         annotations.read_tracklets(file, (10, 10))
-    assert str(error.value).startswith(str(file)) and told in str(error.value)
+    assert str(error.value).startswith(str(file))
+    assert expected in str(error.value)
 
 
 def test_missing_files_binary_files_and_unknown_sizes_are_named(tmp_path):
@@ -240,17 +251,15 @@ def test_real_annotations_parse():
         assert seen.boxes.min() >= 0 and seen.boxes.max() <= 1 and seen.valid.any()
 
 
-def test_a_picture_finds_its_own_boxes_in_a_file_of_many_or_says_that_there_are_none(tmp_path):
-    a, b = some(4, 1), some(5, 1)
-    for name, tracklets in (("a", a), ("b", b)):
-        annotations.write_tracklets(tmp_path / f"{name}.json", tracklets)
-    many = {"videos": {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab"}}
-    file = write(tmp_path / "many.json", many)
-    assert len(annotations.find_picture_tracklets(file, "x/b/000.png", (8, 8))) == 5  # after its folder
-    assert len(annotations.find_picture_tracklets(file, "x/a.png", (8, 8))) == 4  # after its name
-    assert (
-        len(annotations.find_picture_tracklets(tmp_path / "a.json", "x/photo.png", (8, 8))) == 4
-    )  # the only ones
+def test_the_boxes_of_a_picture_are_found_by_the_name_of_its_folder_or_its_own(tmp_path):
+    annotations.write_tracklets(tmp_path / "a.json", random_tracklets(4, 1))
+    annotations.write_tracklets(tmp_path / "b.json", random_tracklets(5, 1))
+    videos = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b")}
+    file = write(tmp_path / "many.json", {"videos": videos})
+    by_folder = annotations.find_picture_tracklets(file, "x/b/000.png", (8, 8))
+    by_name = annotations.find_picture_tracklets(file, "x/a.png", (8, 8))
+    only_video = annotations.find_picture_tracklets(tmp_path / "a.json", "x/photo.png", (8, 8))
+    assert (len(by_folder), len(by_name), len(only_video)) == (5, 4, 4)
     with pytest.raises(
         ValueError, match=r"has 2 videos, none of them named x or photo: \['a', 'b'\]"
     ):
@@ -258,20 +267,22 @@ def test_a_picture_finds_its_own_boxes_in_a_file_of_many_or_says_that_there_are_
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
-    annotations.write_tracklets(tmp_path / "a.json", some(4, 1))
+    annotations.write_tracklets(tmp_path / "a.json", random_tracklets(4, 1))
     (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.json").read_bytes())
     assert len(annotations.read_tracklets(tmp_path / "b.json")["b"]) == 4
 
 
-def test_a_folder_of_annotations_is_searched_for_the_videos_name(tmp_path):
-    annotations.write_tracklets(tmp_path / "a.json", some(4, 1))
+def test_a_folder_of_annotations_is_searched_for_the_name_of_the_video(tmp_path):
+    annotations.write_tracklets(tmp_path / "a.json", random_tracklets(4, 1))
     (tmp_path / "b").mkdir()
-    annotations.write_tracklets(tmp_path / "b" / "tracklets.json", some(5, 2))
+    annotations.write_tracklets(tmp_path / "b" / "tracklets.json", random_tracklets(5, 2))
     assert len(annotations.find_tracklets(tmp_path, "a", (8, 8))) == 4
     assert len(annotations.find_tracklets(tmp_path, "b", (8, 8))) == 5
     assert annotations.find_tracklets(tmp_path, "c", (8, 8)) is None
     assert annotations.find_tracklets(tmp_path / "a.json", "c", (8, 8)) is None
-    assert len(annotations.find_tracklets(tmp_path / "a.json", "c", (8, 8), is_only_video=True)) == 4
+    assert (
+        len(annotations.find_tracklets(tmp_path / "a.json", "c", (8, 8), is_only_video=True)) == 4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- crops and windows
@@ -279,50 +290,41 @@ def test_a_folder_of_annotations_is_searched_for_the_videos_name(tmp_path):
 
 @pytest.mark.parametrize("size, target, mode", [((100, 50), (48, 48), "crop"), ((50, 100), (64, 48), "crop"), ((90, 50), (64, 48), "stretch")])  # fmt: skip
 def test_projected_boxes_are_where_load_image_put_the_object(tmp_path, size, target, mode):
-    """A white rectangle is annotated; after load_image and project it is in its box."""
+    """A white rectangle is annotated. After load_image and project it fills its box."""
     w, h = size
     picture = np.zeros((h, w, 3), np.uint8)
     picture[h // 3 : h // 2, w // 3 : w // 2] = 255
     Image.fromarray(picture).save(tmp_path / "a.png")
-    box = np.array([w // 3 / w, h // 3 / h, w // 2 / w, h // 2 / h], np.float32)
-    there = np.ones((1, 1), bool)
-    tracklets = Tracklets(box[None, None], there, there, palette(1), ("0",), ("",))
-    seen = np.asarray(images.load_image(tmp_path / "a.png", *target, mode))[..., 0] > 127
-    y, x = np.nonzero(seen)
-    found = np.array(
-        [
-            x.min() / target[0],
-            y.min() / target[1],
-            (x.max() + 1) / target[0],
-            (y.max() + 1) / target[1],
-        ]
-    )
+    tracklets = one_tracklet([w // 3 / w, h // 3 / h, w // 2 / w, h // 2 / h])
+    is_white = np.asarray(images.load_image(tmp_path / "a.png", *target, mode))[..., 0] > 127
+    y, x = np.nonzero(is_white)
+    corners = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    found = corners / [target[0], target[1], target[0], target[1]]
     projected = tracklets.project(crop_window(size, *target, mode)).boxes[0, 0]
     np.testing.assert_allclose(projected, found, atol=1 / 48)
 
 
 def test_a_box_outside_the_crop_becomes_a_line_on_its_border():
-    there = np.ones((1, 1), bool)
-    tracklets = Tracklets(
-        np.array([[[0.8, 0.4, 0.9, 0.6]]], np.float32), there, there, palette(1), ("0",), ("",)
-    )
+    tracklets = one_tracklet([0.8, 0.4, 0.9, 0.6])
     np.testing.assert_allclose(tracklets.project((0.25, 0, 0.75, 1)).boxes[0, 0], [1, 0.4, 1, 0.6])
 
 
-def test_flip_twice_is_nothing_and_flip_mirrors():
-    ours = some()
+def test_flip_mirrors_and_flipping_twice_changes_nothing():
+    ours = random_tracklets()
     np.testing.assert_allclose(ours.flip().flip().boxes, ours.boxes, atol=1e-6)
     np.testing.assert_allclose(ours.flip().boxes[..., 0], 1 - ours.boxes[..., 2])
 
 
-def test_windows_beyond_the_annotation_hold_nothing():
-    ours = some(6)
+def test_frames_after_the_annotation_contain_no_objects():
+    ours = random_tracklets(6)
     late = ours.at(range(4, 9))
-    assert len(late) == 5 and not late.valid[2:].any() and (late.valid[:2] == ours.valid[4:]).all()
+    assert len(late) == 5
+    assert not late.valid[2:].any()
+    assert (late.valid[:2] == ours.valid[4:]).all()
     assert not ours.at(range(9, 12)).valid.any() and len(ours.at(range(9, 12))) == 3
 
 
-def test_select_takes_the_largest_and_longest_and_never_the_unseen():
+def test_the_largest_objects_are_selected_and_those_outside_the_picture_are_not():
     boxes = np.zeros((4, 4, 4), np.float32)
     boxes[:, 0] = [0, 0, 0.2, 0.2]  # small, always there
     boxes[:, 1] = [0, 0, 0.9, 0.9]  # large, one frame
@@ -342,70 +344,65 @@ def test_select_takes_the_largest_and_longest_and_never_the_unseen():
 # ------------------------------------------------------------------------------------------------------ soft and drawn
 
 
-def test_soft_boxes_hold_the_hard_ones_and_grow_by_a_ninth_on_average():
+def test_soft_boxes_contain_the_hard_ones_and_grow_by_a_ninth_on_average():
     boxes = np.full((4000, 1, 4), 0.5, np.float32)
-    there = np.ones((4000, 1), bool)
-    ours = Tracklets(boxes, there, there, palette(1), ("0",), ("",))
+    ours = one_tracklet(boxes)
     rng = np.random.default_rng(0)
     soft = ours.mark_soft(rng, 1.0).grow_soft_boxes(rng)
     margins = (soft.boxes - boxes) * [-1, -1, 1, 1]
-    assert (
-        (margins >= 0).all()
-        and margins.mean() == pytest.approx(1 / 9, rel=0.03)
-        and not soft.hard.any()
-    )
+    assert not soft.hard.any()
+    assert (margins >= 0).all()
+    assert margins.mean() == pytest.approx(1 / 9, rel=0.03)
     assert soft.boxes.min() >= 0 and soft.boxes.max() <= 1
-    np.testing.assert_allclose(
-        ours.mark_soft(rng, 1.0).grow_soft_boxes().boxes[0, 0], [0.5 - 1 / 9] * 2 + [0.5 + 1 / 9] * 2
-    )
-    many = Tracklets(np.tile(boxes[:8], (1, 500, 1)), np.ones((8, 500), bool), np.ones((8, 500), bool), palette(500), ("",) * 500, ("",) * 500)  # fmt: skip
-    hard = many.mark_soft(rng, 0.8).hard
-    assert hard.mean() == pytest.approx(0.2, abs=0.04)
-    assert hard.all(0).mean() == pytest.approx(
-        0.1, abs=0.05
-    )  # half of the objects are soft or hard as a whole
+    mean_soft = ours.mark_soft(rng, 1.0).grow_soft_boxes()
+    low, high = 0.5 - 1 / 9, 0.5 + 1 / 9
+    np.testing.assert_allclose(mean_soft.boxes[0, 0], [low, low, high, high])
     assert (ours.mark_soft(rng, 0.0).grow_soft_boxes(rng).boxes == boxes).all()
 
 
+def test_half_of_the_objects_are_hard_or_soft_in_all_frames_alike():
+    rng = np.random.default_rng(0)
+    valid = np.ones((8, 500), bool)
+    names = ("",) * 500
+    ours = Tracklets(np.zeros((8, 500, 4), np.float32), valid, valid, palette(500), names, names)
+    hard = ours.mark_soft(rng, 0.8).hard
+    assert hard.mean() == pytest.approx(0.2, abs=0.04)
+    assert hard.all(0).mean() == pytest.approx(0.1, abs=0.05)
+
+
 def test_drawn_boxes_are_found_again_by_their_colour_and_frame_0_is_clean():
-    """And nothing is drawn for slots in which nothing is."""
-    ours = some(5, 3, seed=4).pad(6)
+    """Nothing is drawn for slots without an object."""
+    ours = random_tracklets(5, 3, seed=4).pad(6)
     grey = np.full((5, 3, 48, 64), 100, np.uint8)
     drawn = draw_boxes(grey, ours)
     assert (drawn[0] == 100).all()
     for f in range(1, 5):
         color = (ours.colors * 255).round()
-        hits = (np.abs(drawn[f].transpose(1, 2, 0)[None] - color[:, None, None]).max(-1) < 2).any(
-            (1, 2)
-        )
-        assert not hits[~ours.valid[f]].any() and hits.sum() >= 1
-    alone = some(2, 1, seed=1)
-    alone = Tracklets(
-        alone.boxes, np.ones((2, 1), bool), np.ones((2, 1), bool), alone.colors, ("0",), ("",)
-    )
+        difference = np.abs(drawn[f].transpose(1, 2, 0)[None] - color[:, None, None]).max(-1)
+        is_drawn = (difference < 2).any((1, 2))
+        assert not is_drawn[~ours.valid[f]].any()
+        assert is_drawn.any()
+    alone = one_tracklet(random_tracklets(2, 1, seed=1).boxes)
     y, x = np.nonzero((draw_boxes(grey[:2], alone)[1] != 100).any(0))
     found = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / [64, 48, 64, 48]
     np.testing.assert_allclose(found, alone.boxes[1, 0], atol=1 / 48)
 
 
 def test_lines_never_leave_a_thin_box():
-    there = np.ones((2, 1), bool)
-    box = np.tile(np.array([0.25, 0.25, 0.25 + 1 / 64, 0.75], np.float32), (2, 1, 1))
-    thin = Tracklets(box, there, there, palette(1), ("0",), ("",))
-    y, x = np.nonzero(draw_boxes(np.zeros((2, 3, 48, 64), np.uint8), thin, line_width=3)[1, 0])
+    thin = one_tracklet([[0.25, 0.25, 0.25 + 1 / 64, 0.75]] * 2)
+    drawn = draw_boxes(np.zeros((2, 3, 48, 64), np.uint8), thin, line_width=3)
+    y, x = np.nonzero(drawn[1, 0])
     assert (x.min(), x.max(), y.min(), y.max()) == (16, 16, 12, 35)
 
 
-def test_lines_are_as_thick_as_the_picture_is_wide():
-    there = np.ones((2, 1), bool)
-    box = np.tile(np.array([0.25, 0.25, 0.75, 0.75], np.float32), (2, 1, 1))
-    ours = Tracklets(box, there, there, palette(1), ("0",), ("",))
+def test_lines_are_4_pixels_thick_per_1024_of_width_and_at_least_2():
+    ours = one_tracklet([[0.25, 0.25, 0.75, 0.75]] * 2)
     for width, line in ((512, 2), (1024, 4), (2048, 8), (64, 2)):
         drawn = draw_boxes(np.zeros((2, 3, width // 2, width), np.uint8), ours)[1, 0]
         assert (drawn[width // 4, : width // 2] > 0).sum() == line
 
 
-def test_only_ends_keeps_the_first_and_last_box_and_is_soft_on_the_straight_line_between():
+def test_only_ends_keeps_the_first_and_last_box_and_interpolates_soft_boxes_between():
     whole = make_clip((1, 1), "roam").tracklets()
     ends = whole.only_ends()
     np.testing.assert_array_equal(ends.boxes[[0, -1]], whole.boxes[[0, -1]])
@@ -415,21 +412,23 @@ def test_only_ends_keeps_the_first_and_last_box_and_is_soft_on_the_straight_line
     assert ends.hard[[0, -1]].all() and not ends.hard[1:-1].any() and ends.valid.all()
 
 
-def test_colours_are_a_permutation_of_the_palette():
-    ours = some().pad(8)
+def test_shuffled_colours_are_a_permutation_of_the_palette():
+    ours = random_tracklets().pad(8)
     shuffled = ours.shuffled_colors(np.random.default_rng(0))
     assert not (shuffled.colors == ours.colors).all()
     assert sorted(map(tuple, shuffled.colors.tolist())) == sorted(map(tuple, ours.colors.tolist()))
     assert len({tuple(c) for c in ours.colors.tolist()}) == 8
 
 
-def test_render_shows_boxes_and_leaves_the_frames_alone():
+def test_rendered_boxes_are_beside_the_unchanged_frames():
     clip = make_clip((1, 1), "roam")
     frames = [Image.fromarray(frame) for frame in clip.frames]
     pictures = beside_boxes(frames, clip.tracklets())
     assert len(pictures) == 8 and pictures[0].size == (2 * 256 + images.SHEET_GAP, 192)
-    left, right = np.asarray(pictures[3])[:, :256], np.asarray(pictures[3])[:, -256:]
-    assert (left == np.asarray(images.enlarge(frames[3], 256))).all() and (left != right).any()
+    left = np.asarray(pictures[3])[:, :256]
+    right = np.asarray(pictures[3])[:, -256:]
+    assert (left == np.asarray(images.enlarge(frames[3], 256))).all()
+    assert (left != right).any()
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -496,35 +495,42 @@ def test_iou_of_known_boxes():
         assert box_iou(a, np.array(b)) == pytest.approx(expected)
 
 
-def test_score_counts_misses_swaps_and_shifts():
+def test_scores_count_missed_and_shifted_boxes():
     rng = np.random.default_rng(0)
     start = rng.uniform(0, 0.4, (1, 2, 2)) + [[[0, 0], [0.5, 0.5]]]
     boxes = np.concatenate([start, start + 0.1], -1).repeat(6, 0).astype(np.float32)
-    there = np.ones((6, 2), bool)
-    asked = Tracklets(boxes, there, there, palette(2), ("0", "1"), ("", ""))
-    assert tracklet_score.score_tracklets(asked, asked) == {
-        "boxes": 10,
-        "mean_iou": 1,
-        "success": 1,
-        "mota": 1,
-        "idf1": 1,
-    }
-    shifted = Tracklets(
-        boxes + np.array([0.02, 0, 0.02, 0], np.float32),
-        there,
-        there,
-        asked.colors,
-        ("0", "1"),
-        ("", ""),
-    )
-    assert tracklet_score.score_tracklets(asked, shifted)["mean_iou"] == pytest.approx(
-        0.08 / 0.12, abs=1e-5
-    )
-    missed = shifted.take_slots([0])
-    figures = tracklet_score.score_tracklets(asked, missed)
-    assert (
-        figures["success"] == 0.5
-        and figures["mota"] == 0.5
-        and figures["mean_iou"] == pytest.approx(1 / 3, abs=1e-5)
-    )
-    assert tracklet_score.score_tracklets(asked, asked.without_objects())["success"] == 0
+    valid = np.ones((6, 2), bool)
+    asked = Tracklets(boxes, valid, valid, palette(2), ("0", "1"), ("", ""))
+    perfect = {"boxes": 10, "mean_iou": 1, "success": 1, "mota": 1, "idf1": 1}
+    assert score_tracklets(asked, asked) == perfect
+
+    shifted = replace(asked, boxes=boxes + np.array([0.02, 0, 0.02, 0], np.float32))
+    shifted_iou = 0.08 / 0.12
+    scores = score_tracklets(asked, shifted)
+    assert scores["mean_iou"] == pytest.approx(shifted_iou, abs=1e-5)
+
+    scores = score_tracklets(asked, shifted.take_slots([0]))
+    assert scores["success"] == 0.5
+    assert scores["mota"] == 0.5
+    assert scores["mean_iou"] == pytest.approx(shifted_iou / 2, abs=1e-5)
+    assert score_tracklets(asked, asked.without_objects())["success"] == 0
+
+
+@pytest.mark.parametrize("score", [False, True])
+def test_the_command_line_renders_an_annotation_or_prints_scores(tmp_path, capsys, score):
+    clip = make_clip((1, 1), "roam")
+    annotations.write_tracklets(tmp_path / "clip.json", clip.tracklets())
+    (tmp_path / "frames").mkdir()
+    for f, frame in enumerate(clip.frames):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"{f}.png")
+    flags = [str(tmp_path / "clip.json"), "--frames", str(tmp_path / "frames"), "--num_frames=3"]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    if score:
+        flags += ["--score", str(tmp_path / "clip.json")]
+    tracklet_score.main(tracklet_score.build_parser().parse_args(flags))
+    printed = capsys.readouterr().out
+    if score:
+        assert json.loads(printed)["mean_iou"] == pytest.approx(1)
+    else:
+        assert (tmp_path / "out" / "clip.mp4").is_file()
+        assert str(tmp_path / "out" / "clip") in printed
