@@ -236,6 +236,8 @@ def comparable_rows(rows: list[dict]) -> list[dict]:
     A run may have continued with other validation clips. Another GPU gives the same losses up to
     rounding.
     """
+    if not rows:
+        return []
     last = rows[-1]["raw"]["base"]
     comparable = []
     for row in rows:
