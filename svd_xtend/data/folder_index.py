@@ -57,7 +57,7 @@ DEFAULT_SOURCE_FPS = 7  # frames per second of a folder without frame-rate metad
 FORMAT = 3  # version of the index file; files of another version are not read
 SETTLED = 2e9  # nanoseconds after which a second change surely has a later time of change
 UNSETTLED = -1  # change stamp of a clip that changed too recently to trust its time of change
-LISTING_THREADS = 8  # more than there are cores: they wait for a network file system
+LISTING_THREADS = 8  # that mostly wait for a network file system
 CLIPS_PER_TASK = 100  # listing one folder is quicker than handing it to a thread
 SAVED_EVERY = 60  # seconds of inspection that a killed run can lose
 
@@ -370,7 +370,10 @@ class FolderIndex:
         return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
     def list_clip(self, scan: FolderScan, name: str) -> dict[str, Any]:
-        """Return the row of a clip from file names and text files; videos are not opened."""
+        """Return the row of a clip from file names and text files.
+
+        Video files are not opened: `inspect` fills in their number of frames, sizes and motions.
+        """
         state = scan.clips[name]
         path = self.root / name
         metadata = dict(scan.metadata.get(name, {}))
@@ -407,9 +410,7 @@ class FolderIndex:
             "frames": [os.fsencode(frame_name) for frame_name in frame_names],
             "note": encode_note(note),
             "kinds": state.kind,
-            "counts": 1
-            if state.kind == PICTURE
-            else len(frame_names),  # a video file's: by inspect
+            "counts": 1 if state.kind == PICTURE else len(frame_names),
             "rates": metadata.get("fps", np.nan),
             "motion_buckets": metadata.get("motion_bucket_id", np.nan),
             "widths": width,
@@ -634,8 +635,8 @@ def load_index(file: Path) -> pa.RecordBatch | None:
     except (OSError, ValueError, pa.ArrowException):
         return None
     metadata = table.schema.metadata or {}
-    is_readable = table.schema == SCHEMA and metadata.get(b"format") == str(FORMAT).encode()
-    return table if is_readable else None
+    is_current = metadata.get(b"format") == str(FORMAT).encode() and b"stamp" in metadata
+    return table if is_current and table.schema == SCHEMA else None
 
 
 def save_index(table: pa.RecordBatch, file: Path) -> None:

@@ -272,7 +272,7 @@ class ClipCollection:
         return index.clip(row, fps, self.sample_size(clip_index), fps=fps, motion_bucket_id=0.0)
 
     def sample_size(self, clip_index: int) -> tuple[int, int] | None:
-        """Return (width, height) of a sample of a video or picture; None if the spec has no size."""
+        """Return (width, height) of a sample of that clip; None if the spec has no size."""
         return self.sample_sizes[self.size_numbers[clip_index]] if self.spec.width else None
 
     def column(self, name: str, rows: list[np.ndarray]) -> np.ndarray:
@@ -392,7 +392,7 @@ class ClipSampler:
     """
 
     def __init__(
-        self, pools: Sequence[tuple[Sequence[int], float]], seed: int, unit: int = 1
+        self, pools: Sequence[tuple[Sequence[int] | np.ndarray, float]], seed: int, unit: int = 1
     ) -> None:
         self.seed = seed
         self.pools = [np.asarray(clips) for clips, _ in pools]

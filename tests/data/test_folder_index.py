@@ -1,4 +1,4 @@
-"""Folders of many videos: listed once, noticed when changed, drawn by weight, read over networks that stutter."""
+"""Folders of many videos: listed once, watched for changes, drawn by weight, read again."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from svd_xtend.data.sampler import ClipCollection, ClipSampler, draws_per_pool
 
 
 def videos(root, count, frames=3, old=True):
-    """Folders of empty files; `old`: so that the file system's clock has moved on since."""
+    """Make folders of empty files. old: they changed long enough ago to be trusted."""
     for v in range(count):
         (root / f"v{v}").mkdir(parents=True)
         for f in range(frames):
@@ -47,7 +47,7 @@ def metadata(clips):
 
 @pytest.fixture
 def looked(monkeypatch):
-    """Names of the video folders that were listed, in a list."""
+    """Return a list to which the name of each clip that is listed is appended."""
     seen = []
     list_clip = FolderIndex.list_clip
 
@@ -59,13 +59,14 @@ def looked(monkeypatch):
     return seen
 
 
-def test_the_second_start_lists_nothing_and_finds_the_same(tmp_path, looked):
+def test_the_second_start_lists_nothing_and_finds_the_same_clips(tmp_path, looked):
     root = videos(tmp_path / "root", 12)
     first = ClipCollection(root, spec(3))
     assert sorted(looked) == sorted(f"v{v}" for v in range(12))
     looked.clear()
     again = ClipCollection(root, spec(3))
-    assert looked == [] and names(again) == names(first) and metadata(again) == metadata(first)
+    assert looked == []
+    assert names(again) == names(first) and metadata(again) == metadata(first)
     assert [clip.path.name for clip in first] == [f"v{v}" for v in range(12)]  # natural order
     assert [first[3].path / name for name in first[3].files] == images.list_frames(root / "v3")
 
@@ -97,7 +98,7 @@ def test_what_changed_is_listed_again_and_nothing_else(tmp_path, looked, change)
 
 
 def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tmp_path, looked):
-    """Its time of change may not show the next change: file systems count in steps."""
+    """Its time of change may not show the next change, because file systems count time in steps."""
     root = videos(tmp_path / "root", 2, old=False)
     ClipCollection(root, spec(3))
     looked.clear()
@@ -105,14 +106,20 @@ def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tmp_path, looked):
     assert sorted(looked) == ["v0", "v1"]
 
 
-def test_a_damaged_index_or_one_that_may_not_be_written_costs_a_listing_and_no_more(tmp_path, looked, monkeypatch, caplog):  # fmt: skip
+def test_a_damaged_index_is_written_again(tmp_path, looked):
     root = videos(tmp_path / "root", 3)
     expected = names(ClipCollection(root, spec(3)))
     file = folder_index.index_file(root)
-    for content in (b"", b"no index", file.read_bytes()[:-4], b"\xff" * 5000):
+    whole = file.read_bytes()
+    for content in (b"", b"no index", whole[:-4], whole[:100], whole[8:], b"\xff" * 5000):
         file.write_bytes(content)
         looked.clear()
         assert names(ClipCollection(root, spec(3))) == expected and len(looked) == 3
+
+
+def test_an_index_that_cannot_be_written_costs_a_listing_and_no_more(tmp_path, monkeypatch, caplog):
+    root = videos(tmp_path / "root", 3)
+    expected = names(ClipCollection(root, spec(3)))
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
@@ -167,7 +174,7 @@ def test_the_index_of_many_clips_is_mapped_and_not_copied(tmp_path):
 
 
 def test_an_index_is_replaced_at_once(tmp_path, monkeypatch):
-    """A run that is killed while it writes leaves the index as it was, and no file of its own once it ends."""
+    """A run that cannot finish writing leaves the index as it was, and no other file."""
     root = videos(tmp_path / "root", 3)
     index = FolderIndex(root)
     content = index.file.read_bytes()
@@ -228,18 +235,18 @@ def test_a_folder_whose_clip_json_has_changed_is_listed_once(tmp_path, looked):
     assert looked == []
 
 
-def test_names_that_are_no_utf_8_and_videos_without_frames(tmp_path):
+def test_names_may_be_no_utf_8_and_folders_may_be_empty(tmp_path):
     root = videos(tmp_path / "root", 1)
     os.mkdir(os.path.join(os.fsencode(root), b"v\xff"))
     os.close(os.open(os.path.join(os.fsencode(root), b"v\xff", b"\xfe.png"), os.O_CREAT))
     (root / "empty").mkdir()
     clips = ClipCollection(root, spec(1))
-    assert len(clips) == 2 and all(
-        (clip.path / name).exists() for clip in clips for name in clip.files
-    )
+    assert len(clips) == 2
+    for clip in clips:
+        assert all((clip.path / name).exists() for name in clip.files)
 
 
-# ------------------------------------------------------------------------------------------------------- several folders
+# ----------------------------------------------------------------------------- several folders
 
 
 def test_folders_without_weights_are_one(tmp_path):
@@ -248,14 +255,13 @@ def test_folders_without_weights_are_one(tmp_path):
     assert len(data) == 6
     for index in range(30):
         assert next(data.sampler.choices(index)) == next(one.choices(index))
-    assert (
-        data.clips[1].path == tmp_path / "a" / "v1" and data.clips[2].path == tmp_path / "b" / "v0"
-    )
+    assert data.clips[1].path == tmp_path / "a" / "v1"
+    assert data.clips[2].path == tmp_path / "b" / "v0"
     with pytest.raises(IndexError):
         data.clips[6]
 
 
-def test_weights_are_kept_to_the_sample_and_each_pass_over_a_folder_is_whole():
+def test_each_cycle_keeps_the_weights_exactly_and_each_pass_shows_every_clip_once():
     drawing = ClipSampler([(range(3), 1), (range(3, 53), 2), (range(53, 60), 1)], 4)
     drawn = [next(drawing.choices(i)) for i in range(3 * sampler.MIN_CYCLE)]
     pools = np.searchsorted([3, 53], drawn, side="right")
@@ -263,14 +269,14 @@ def test_weights_are_kept_to_the_sample_and_each_pass_over_a_folder_is_whole():
         counts = np.bincount(pools[cycle * sampler.MIN_CYCLE : (cycle + 1) * sampler.MIN_CYCLE])
         assert counts.tolist() == [250, 500, 250]
     for pool, size, start in ((0, 3, 0), (1, 50, 3), (2, 7, 53)):
-        own = np.array(drawn)[pools == pool] - start
-        for i in range(0, len(own) - size, size):
-            assert sorted(own[i : i + size]) == list(range(size))
+        drawn_of_pool = np.array(drawn)[pools == pool] - start
+        for i in range(0, len(drawn_of_pool) - size, size):
+            assert sorted(drawn_of_pool[i : i + size]) == list(range(size))
     assert abs(np.bincount(pools[:100])[1] - 50) < 25  # mixed, not one folder after the other
 
 
 def test_any_sample_can_be_asked_for_first(tmp_path):
-    """As processes do, and runs that resume."""
+    """Several processes and resumed runs ask for any index first."""
     pools = [(range(3), 0.7), (range(3, 8), 0.3)]
     for unit in (1, 4):
         drawing = ClipSampler(pools, 9, unit)
@@ -280,56 +286,52 @@ def test_any_sample_can_be_asked_for_first(tmp_path):
             assert next(drawing.choices(i)) == drawn[i]
 
 
-def test_stand_ins_are_all_the_other_clips_of_the_folder():
+def test_replacements_are_all_the_other_clips_of_the_folder():
     drawing = ClipSampler([(range(4), 1), (range(4, 13), 1)], 0)
     for index in range(8):
         choices = list(drawing.choices(index))
         assert sorted(choices) in ([0, 1, 2, 3], list(range(4, 13)))
 
 
-def test_weights_shares_by_largest_remainder():
+def test_draws_are_shared_out_by_largest_remainder():
     assert draws_per_pool([1, 1, 1]).tolist() == [334, 333, 333]
     assert draws_per_pool([998, 1, 1]).tolist() == [998, 1, 1]
-    assert draws_per_pool([99999, 1, 1]).tolist() == [
-        998,
-        1,
-        1,
-    ]  # a size that few clips have still has its turn
+    # a size that few clips have is still drawn
+    assert draws_per_pool([99999, 1, 1]).tolist() == [998, 1, 1]
 
 
-def test_a_folder_that_would_hardly_have_a_turn_is_an_error(tmp_path):
+def test_a_weight_too_small_for_one_draw_in_a_cycle_is_an_error(tmp_path):
     roots = [videos(tmp_path / "a", 2), videos(tmp_path / "b", 2)]
     with pytest.raises(ValueError, match="^--folder_weights 10000 1: one is less than 1/1000"):
         ClipCollection(roots, spec(3)).pools([10000, 1])
 
 
-def test_a_weight_for_each_folder(capsys):
-    parser = train_svd.build_parser()
-    for flags in (
-        ["--folder_weights", "1"],
-        ["--folder_weights", "1", "0"],
-        ["--folder_weights", "1", "2", "3"],
-    ):
-        with pytest.raises(SystemExit):
-            train_svd.parse(parser, ["--base_folder", "a", "b", *flags])
-        assert (
-            "--folder_weights: expected 2 positive numbers, one per --base_folder; got"
-            in capsys.readouterr().err
-        )
-    assert train_svd.parse(
-        parser, ["--base_folder", "a", "b", "--folder_weights", "3", "1"]
-    ).folder_weights == [3, 1]
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        (["1"], "--folder_weights: expected 2 positive numbers, one per --base_folder; got 1"),
+        (["1", "0"], "--folder_weights: expected a number above 0; got 0"),
+        (
+            ["1", "2", "3"],
+            "--folder_weights: expected 2 positive numbers, one per --base_folder; got 3",
+        ),
+    ],
+)
+def test_each_folder_needs_a_positive_weight(capsys, weights, message):
+    flags = ["--base_folder", "a", "b", "--folder_weights", *weights]
+    with pytest.raises(SystemExit):
+        train_svd.parse(train_svd.build_parser(), flags)
+    assert message in capsys.readouterr().err
+
+
+def test_weights_of_folders_are_parsed_in_their_order():
+    flags = ["--base_folder", "a", "b", "--folder_weights", "3", "1"]
+    assert train_svd.parse(train_svd.build_parser(), flags).folder_weights == [3, 1]
 
 
 def test_two_folders_with_weights_train(run, clips, boxed_clips):
-    flags = [
-        "--train_params",
-        "conv_out",
-        "--max_train_steps=2",
-        "--base_folder",
-        str(clips),
-        str(boxed_clips),
-    ]
+    flags = ["--train_params", "conv_out", "--max_train_steps=2"]
+    flags += ["--base_folder", str(clips), str(boxed_clips)]
     seen = []
 
     def loss(model, pipe, batch, args):
@@ -340,12 +342,15 @@ def test_two_folders_with_weights_train(run, clips, boxed_clips):
     assert seen == [0, 1]
 
 
-# --------------------------------------------------------------------------------------------------- networks that stutter
+# ----------------------------------------------------------------------- networks that stutter
 
 
 @pytest.fixture
 def stutter(monkeypatch):
-    """stutter(code, times): the next reads of files fail so often with that error."""
+    """Return a function: stutter(code, times) lets the next reads of files fail with that error.
+
+    It returns the list to which the waiting times are appended.
+    """
     state, waits = {"left": 0}, []
     read = Path.read_bytes
 
