@@ -1,40 +1,58 @@
-"""Seconds of a training step by phase, and its memory: each lever beside the original's way of doing it.
+"""Measure the seconds of a training step by phase, and its memory, with each optimization.
 
-    python benchmarks/bench_step.py                                          # the embedded SVD, on any machine
-    python benchmarks/bench_step.py --model half --method lora               # SVD at half its width, random weights
-    python benchmarks/bench_step.py --model full --width 1024 --height 576 --num_frames 25 --method lora --precision bf16
+    python benchmarks/bench_step.py                                # the embedded SVD, on any machine
+    python benchmarks/bench_step.py --model half --method lora     # random weights, half of SVD's width
+    python benchmarks/bench_step.py --model full --width 1024 --height 576 --num_frames 25 \\
+        --method lora --precision bf16
 
-Phases: VAE (the frames, and the noised first one), CLIP, the UNet's forward and backward, the optimizer. `data` is what the
-loader takes for the batch, from JPEG of 1280x720 or from the cache and one frame; its processes do that beside the step, so
-it is not in s/step. Physics: a step does about three forwards of arithmetic (one forward, two in backward), four when
-activations are recomputed; with adapters only, two and three. What is neither attention nor a matrix product waits for
-memory. MFU: arithmetic of a step that recomputes nothing, beside what the GPU could do in that time.
+Phases: VAE (all frames, and the noised first one), CLIP, the UNet's forward and backward, the
+optimizer. `data` is the time that the loader takes for the batch, from JPEG of 1280x720 or from the
+cache and one frame. Its processes work beside the step, so it is not part of s/step.
 
-`original` is the public code's way: half-precision weights under autocast, diffusers' own checkpointing, frames encoded 8 at
-a time in each step. On a CPU variants run in turn, round after round, so that ratios hold where seconds do not; on a GPU one
-after the other, each with the GPU to itself. Ratios are medians of the rounds' own. The last line is one JSON document.
+What to expect: a step does about three forwards of arithmetic (one forward, two in backward), four
+if activations are recomputed; with adapters alone two and three. Everything but attention and
+matrix products waits for memory. MFU is the arithmetic of a step that recomputes nothing, divided
+by what the GPU could do in the measured time.
+
+`original` is the public code's way: half-precision weights under autocast, diffusers' own
+checkpointing, frames encoded 8 at a time in each step. On a CPU the variants run in turn, round
+after round, so that ratios hold even if seconds vary; on a GPU they run one after the other, each
+with the GPU to itself. Ratios are medians of each round's ratio. The last line is one JSON
+document.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
 import gc
+import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_loader
 import torch
+from count_step import count_flops
+from torch import nn
 
 import train_svd
+from estimate_memory import make_job
 from svd_xtend.demo.tiny_svd import TINY_SVD
 from svd_xtend.models import activation_checkpointing, loading, precision, unet_optimizations
-from svd_xtend.models.loading import load_svd
 from svd_xtend.models.lora import inject_lora
-from svd_xtend.training import memory_estimate
+from svd_xtend.training.memory_count import PREPARE_BY_KIND
+from svd_xtend.training.memory_estimate import GIB
 from svd_xtend.training.optimizers import OPTIMIZERS, make_optimizer
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,389 +61,534 @@ HALF_WIDTH = dict(
     num_attention_heads=(5, 10, 20, 20),
     addition_time_embed_dim=256,
 )
-PEAK_TFLOPS = {
-    "H100": 989,
-    "H200": 989,
-    "A100": 312,
-    "4090": 165,
-    "L40S": 362,
-    "L4": 121,
-}  # dense, half precision; vendors'
-DIFFUSERS = dict(
-    fast=False,
-    policy="none",
-    autocast=True,
-    encode="cached",
-    compile=False,
-    offload=False,
-    optimizer="adamw",
-)
-OURS = DIFFUSERS | dict(fast=True, autocast=False)
-VARIANTS = {  # the first is what the others are compared with
-    "original": DIFFUSERS | dict(policy="diffusers", encode="live"),
+# dense, in half precision, from the vendors' data sheets
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "4090": 165, "L40S": 362, "L4": 121}
+SCRIPTS = {"lora": "train_svd_lora.py", "full": "train_svd.py", "boxes": "train_svd_tracklet.py"}
+PHASES = ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
+OUT_OF_MEMORY = "out of memory"
+ORIGINAL_VAE_CHUNK = 8  # frames that the original code encodes at once
+STEP_TFLOP_FILE = Path(__file__).with_name("step_tflop.json")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a training step.
+
+    fast: with the exact shortcuts of unet_optimizations. policy: of --gradient_checkpointing, or
+    "diffusers" for its own. autocast: half precision by torch.autocast. encode: "live", or "cached"
+    for VAE moments and CLIP embeddings from a cache.
+    """
+
+    fast: bool = False
+    policy: str = "none"
+    autocast: bool = True
+    encode: str = "cached"
+    compile: bool = False
+    offload: bool = False
+    optimizer: str = "adamw"
+
+    def missing(self, args: argparse.Namespace, device: torch.device) -> str | None:
+        """Return what this variant needs and this measurement does not have, or None."""
+        if self.offload and device.type != "cuda":
+            return "a GPU"
+        if self.compile and not args.compile:
+            return "--compile"
+        if self.optimizer == "adamw_bf16_sr":
+            if args.method != "full" or args.precision != "bf16":
+                return "--method full --precision bf16"
+            if not importlib.util.find_spec("torchao"):
+                return "torchao"
+        return None
+
+
+DIFFUSERS = Variant()
+OURS = Variant(fast=True, autocast=False)
+VARIANTS = {  # the others are compared with the first
+    "original": replace(DIFFUSERS, policy="diffusers", encode="live"),
     "diffusers": DIFFUSERS,
-    "diffusers, its checkpointing": DIFFUSERS | dict(policy="diffusers"),
+    "diffusers, its checkpointing": replace(DIFFUSERS, policy="diffusers"),
     "ours": OURS,
-    "ours, encoding live": OURS | dict(encode="live"),
-    **{
-        f"ours, {policy}": OURS | dict(policy=policy)
-        for policy in list(activation_checkpointing.POLICIES)[1:]
-    },
-    "ours, nested, offload": OURS | dict(policy="nested", offload=True),
-    "ours, adamw_bf16_sr": OURS | dict(optimizer="adamw_bf16_sr"),
-    "ours, compile": OURS | dict(compile=True),
-    "ours, blocks, compile": OURS | dict(policy="blocks", compile=True),
+    "ours, encoding live": replace(OURS, encode="live"),
+    "ours, level0": replace(OURS, policy="level0"),
+    "ours, level01": replace(OURS, policy="level01"),
+    "ours, blocks": replace(OURS, policy="blocks"),
+    "ours, nested": replace(OURS, policy="nested"),
+    "ours, nested, offload": replace(OURS, policy="nested", offload=True),
+    "ours, adamw_bf16_sr": replace(OURS, optimizer="adamw_bf16_sr"),
+    "ours, compile": replace(OURS, compile=True),
+    "ours, blocks, compile": replace(OURS, policy="blocks", compile=True),
 }
-NEEDS = {"ours, nested, offload": "a GPU", "ours, adamw_bf16_sr": "torchao", "ours, compile": "--compile", "ours, blocks, compile": "--compile"}  # fmt: skip
 
 
-def make_pipe(args, device):
-    """(VAE, CLIP, UNet, ...) to measure: the embedded SVD, or random weights in SVD's layout, whole or at half its width."""
+# ----------------------------------------------------------------------------------------- models
+
+
+def make_pipe(args: argparse.Namespace, device: torch.device) -> Any:
+    """Return the models to measure: the embedded SVD, or random weights in SVD's layout."""
     if args.model == "tiny":
-        return load_svd(str(TINY_SVD), torch.float32)
+        return loading.load_svd(str(TINY_SVD), torch.float32)
     from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    blocks = dict(
-        down_block_types=["DownEncoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512]
+    vit_huge = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        projection_dim=1024,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
     )
-    huge = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, projection_dim=1024, num_hidden_layers=32,
-                            num_attention_heads=16, patch_size=14, hidden_act="gelu")  # fmt: skip
     with torch.device(device):
         return SimpleNamespace(
             unet=UNetSpatioTemporalConditionModel(**(HALF_WIDTH if args.model == "half" else {})),
-            vae=AutoencoderKLTemporalDecoder(layers_per_block=2, force_upcast=True, **blocks),
-            image_encoder=CLIPVisionModelWithProjection(huge),
+            vae=AutoencoderKLTemporalDecoder(
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                block_out_channels=[128, 256, 512, 512],
+                layers_per_block=2,
+                force_upcast=True,
+            ),
+            image_encoder=CLIPVisionModelWithProjection(vit_huge),
             feature_extractor=CLIPImageProcessor(),
         )
 
 
-def make_unet(stock, how, args, optimizers, device):
-    """A copy of the stock UNet, on the same weights where a variant leaves them as they are, made to train as it does; and its
-    optimizer, which those on the same trained weights share."""
+def make_unet(
+    stock: Any, variant: Variant, args: argparse.Namespace, device: torch.device
+) -> nn.Module:
+    """Return a copy of the stock UNet that is set up to train as the variant does.
+
+    It shares the weights of the stock UNet if the variant leaves them as they are.
+    """
     half = DTYPES[args.precision]
-    shared = args.method != "full" or (args.precision == "no" and how["optimizer"] == "adamw")
-    unet = copy.deepcopy(stock, {id(p): p for p in stock.parameters()} if shared else {}).to(device)
-    unet.requires_grad_(False)
-    if how["fast"]:
+    is_stock_weights = args.precision == "no" and variant.optimizer == "adamw"
+    shared = {}
+    if args.method != "full" or is_stock_weights:
+        shared = {id(p): p for p in stock.parameters()}  # deepcopy takes these as copied already
+    unet = copy.deepcopy(stock, shared).to(device).requires_grad_(False)
+    if variant.fast:
         unet_optimizations.speed_up(unet)
     model = unet
     if args.method == "boxes":
-        model = memory_estimate.PREPARE_BY_KIND["boxes"](unet, args)
+        model = PREPARE_BY_KIND["boxes"](unet, args)
     elif args.method == "lora":
         inject_lora(unet, 16, 16, ["attention"])
-        for module in unet.modules() if not how["fast"] else []:
-            if hasattr(module, "lora_A"):
-                module.__dict__.pop("forward", None)  # PEFT's own
+        if not variant.fast:
+            restore_peft_forward(unet)
     else:
-        train_svd.select_parameters(unet, SimpleNamespace(train_params=[]))
-    master = getattr(torch, OPTIMIZERS[how["optimizer"]][0])
+        train_svd.select_parameters(unet, argparse.Namespace(train_params=[]))
+
     model.to(device)
-    for p in model.parameters():
-        p.data = p.data.to(master if p.requires_grad else half)
-    if how["compile"]:
+    master = getattr(torch, OPTIMIZERS[variant.optimizer].weight_dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(master if parameter.requires_grad else half)
+    if variant.compile:
         unet_optimizations.compile_blocks(unet)
-    if how["policy"] == "diffusers":
+    if variant.policy == "diffusers":
         unet.enable_gradient_checkpointing()
     else:
-        activation_checkpointing.checkpoint_activations(model, how["policy"])
-    if not how["autocast"] and half != torch.float32:
+        activation_checkpointing.checkpoint_activations(model, variant.policy)
+    if not variant.autocast and half != torch.float32:
         precision.cast_inputs(unet, half)
         precision.compute_in(model, half)
+    return model.train()
+
+
+def restore_peft_forward(unet: nn.Module) -> None:
+    """Undo the faster forward that `inject_lora` gives to LoRA layers."""
+    for module in unet.modules():
+        if hasattr(module, "lora_A"):
+            module.__dict__.pop("forward", None)
+
+
+def make_shared_optimizer(
+    model: nn.Module, variant: Variant, args: argparse.Namespace, made: dict[Any, Any]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a variant, from `made` if one trains the same weights already."""
     trained = loading.trainable_parameters(model)
-    told = SimpleNamespace(optimizer=how["optimizer"], mixed_precision=args.precision, learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999,
-                           adam_weight_decay=0.01, adam_epsilon=None, seed=0)  # fmt: skip
-    key = id(next(iter(trained.values()))), how["optimizer"]
-    optimizers[key] = optimizers.get(key) or make_optimizer(trained, told)
-    return model.train(), optimizers[key]
+    key = (id(next(iter(trained.values()))), variant.optimizer)
+    if key not in made:
+        options = argparse.Namespace(
+            optimizer=variant.optimizer,
+            mixed_precision=args.precision,
+            learning_rate=1e-6,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_weight_decay=0.01,
+            adam_epsilon=None,
+            seed=0,
+        )
+        made[key] = make_optimizer(trained, options)
+    return made[key]
 
 
-class Clock:
-    """Seconds between calls, by name; waits for the GPU."""
+def make_batch(
+    pipe: Any, args: argparse.Namespace, device: torch.device, vae_scale: int
+) -> dict[str, Any]:
+    """Return a batch of random frames with everything that a latent cache holds of them."""
+    clips, frames, height, width = args.batch_size, args.num_frames, args.height, args.width
+    control = {}
+    if args.method == "boxes":
+        corner = torch.rand(clips, 1, 8, 2, device=device) / 2
+        boxes = torch.cat([corner, corner + 0.3], -1).expand(clips, frames, 8, 4)
+        valid = torch.ones(clips, frames, 8, device=device)
+        colors = torch.rand(clips, 8, 3, device=device)
+        control = {"boxes": boxes, "valid": valid, "hard": valid, "colors": colors}
+    moments_shape = (clips, 2, frames, 4, height // vae_scale, width // vae_scale)
+    embed_dim = pipe.image_encoder.config.projection_dim
+    return {
+        "control": control,
+        "pixel_values": torch.rand(clips, frames, 3, height, width, device=device) * 2 - 1,
+        "moments": torch.rand(moments_shape, device=device),
+        "image_embeds": torch.randn(clips, 1, embed_dim, device=device),
+        "fps": torch.full((clips,), 7, device=device),
+        "motion_bucket_id": torch.full((clips,), 127, device=device),
+        "index": torch.arange(clips),
+    }
 
-    def __init__(self, device):
-        self.device, self.seconds = device, {}
-        self.lap(None)
 
-    def lap(self, name):
+# ---------------------------------------------------------------------------------------- measure
+
+
+class PhaseTimer:
+    """Measure the seconds between calls, by name. It waits for the GPU at each call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last_time = self.now()
+
+    def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        if name:
-            self.seconds[name] = now - self.before
-        self.before = now
+        return time.perf_counter()
+
+    def end_phase(self, name: str) -> None:
+        """Record the seconds since the last call as this phase's."""
+        now = self.now()
+        self.seconds[name] = now - self.last_time
+        self.last_time = now
 
 
-def one_step(variant, pipe, batch, args, device):
-    """{phase: seconds} of one training step, and its peak in GiB on a GPU."""
-    unet, optimizer, how = variant
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    clock, pixels, noise = Clock(device), batch["pixel_values"], batch["noise"]
-    live = how["encode"] == "live"
-    chunk = 8 if how["policy"] == "diffusers" else 1
-    latents = train_svd.encode_video(
-        pipe.vae, pixels, noise, chunk, None if live else batch["moments"]
-    )
-    clock.lap("VAE")
-    embeds = train_svd.embed_image(pipe, pixels[:, 0]) if live else batch["image_embeds"]
-    clock.lap("CLIP")
-    _, image_latents, ids = train_svd.condition(pipe, pixels[:, 0], *batch["told"], noise, embeds)
-    clock.lap("VAE, first frame")
-    inputs = torch.cat([latents, image_latents[:, None].expand_as(latents)], dim=2)
-    with torch.autocast(
-        device.type, DTYPES[args.precision], enabled=how["autocast"] and args.precision != "no"
-    ):
-        forward = (
-            activation_checkpointing.offload_activations(unet, unet) if how["offload"] else unet
-        )
-        loss = (
-            (forward(inputs, noise.normal(), embeds, ids, **batch["cond"]).sample.float() - latents)
-            .square()
-            .mean()
-        )
-    clock.lap("forward")
-    loss.backward()
-    clock.lap("backward")
-    optimizer.step()
-    optimizer.zero_grad()
-    clock.lap("optimizer")
-    return (
-        clock.seconds,
-        torch.cuda.max_memory_allocated() / memory_estimate.GIB if device.type == "cuda" else None,
-    )
+@dataclass
+class Measurement:
+    """The seconds by phase of each round of a variant, and its peak memory."""
+
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    peak_gib: float | None = None  # on a GPU
+    is_out_of_memory: bool = False
 
 
-def make_batch(pipe, args, device, scale):
-    """Random frames with what a cache holds of them."""
-    b, f, h, w = args.batch_size, args.num_frames, args.height, args.width
-    cond = {}
-    if args.method == "boxes":
-        corner = torch.rand(b, 1, 8, 2, device=device) / 2
-        boxes = torch.cat([corner, corner + 0.3], -1).expand(b, f, 8, 4)
-        there = torch.ones(b, f, 8, device=device)
-        cond = {
-            "boxes": boxes,
-            "valid": there,
-            "hard": there,
-            "colors": torch.rand(b, 8, 3, device=device),
-        }
-    pixels = torch.rand(b, f, 3, h, w, device=device) * 2 - 1
-    return {
-        "cond": cond, "pixel_values": pixels, "noise": train_svd.SampleNoise(0, torch.arange(b), device),
-        "moments": torch.rand(b, 2, f, 4, h // scale, w // scale, device=device),
-        "image_embeds": torch.randn(b, 1, pipe.image_encoder.config.projection_dim, device=device),
-        "told": (torch.full((b,), 7, device=device), torch.full((b,), 127, device=device)),
-    }  # fmt: skip
+class Trainee:
+    """A variant with its UNet and optimizer, ready to take steps."""
+
+    def __init__(self, variant: Variant, unet: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.variant = variant
+        self.unet = unet
+        self.optimizer = optimizer
+
+    def step(
+        self,
+        pipe: Any,
+        batch: dict[str, Any],
+        noise: train_svd.SampleNoise,
+        args: argparse.Namespace,
+        device: torch.device,
+    ) -> tuple[dict[str, float], float | None]:
+        """Take one training step; return {phase: seconds}, and the peak in GiB on a GPU."""
+        variant = self.variant
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        timer = PhaseTimer(device)
+        pixel_values = batch["pixel_values"]
+        moments = batch["moments"]
+        image_embeds = batch["image_embeds"]
+        if variant.encode == "live":
+            chunk = ORIGINAL_VAE_CHUNK if variant.policy == "diffusers" else 1
+            moments = train_svd.vae_posterior(pipe.vae, pixel_values, chunk)
+        latents = train_svd.encode_video(pipe.vae, pixel_values, noise, moments=moments)
+        timer.end_phase("VAE")
+        if variant.encode == "live":
+            image_embeds = train_svd.embed_image(pipe, pixel_values[:, 0])
+        timer.end_phase("CLIP")
+        batch = {**batch, "image_embeds": image_embeds}
+        conditioning = train_svd.encode_conditioning(pipe, batch, noise)
+        timer.end_phase("VAE, first frame")
+
+        image_latents = conditioning.image_latents[:, None].expand_as(latents)
+        inputs = torch.cat([latents, image_latents], dim=2)
+        forward: Callable[..., Any] = self.unet
+        if variant.offload:
+            forward = activation_checkpointing.offload_activations(self.unet, self.unet)
+        is_autocast = variant.autocast and args.precision != "no"
+        with torch.autocast(device.type, DTYPES[args.precision], enabled=is_autocast):
+            output = forward(
+                inputs,
+                noise.normal(),
+                conditioning.image_embeds,
+                conditioning.added_time_ids,
+                **conditioning.control,
+            )
+            loss = (output.sample.float() - latents).square().mean()
+        timer.end_phase("forward")
+        loss.backward()
+        timer.end_phase("backward")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        timer.end_phase("optimizer")
+
+        peak_gib = None
+        if device.type == "cuda":
+            peak_gib = torch.cuda.max_memory_allocated() / GIB
+        return timer.seconds, peak_gib
 
 
-def measure(names, pipe, stock, args, device, batch):
-    """{variant: {phases: medians of seconds, seconds: of each round, peak}} of variants that run in turn."""
-    optimizers = {}
-    made = {
-        name: (*make_unet(stock, VARIANTS[name], args, optimizers, device), VARIANTS[name])
-        for name in names
-    }
-    rows = {name: {"rounds": [], "peak_GiB": None} for name in names}
-    for i in range(args.rounds + 1):
-        for name, variant in made.items():
-            if rows[name]["peak_GiB"] == "out of memory":
+def measure_variants(
+    names: Sequence[str],
+    pipe: Any,
+    stock: nn.Module,
+    args: argparse.Namespace,
+    device: torch.device,
+    batch: dict[str, Any],
+) -> dict[str, Measurement]:
+    """Run the variants in turn, --rounds times after one round that warms up."""
+    noise = train_svd.SampleNoise(0, batch["index"], device)
+    optimizers: dict[Any, Any] = {}
+    trainees = {}
+    for name in names:
+        unet = make_unet(stock, VARIANTS[name], args, device)
+        optimizer = make_shared_optimizer(unet, VARIANTS[name], args, optimizers)
+        trainees[name] = Trainee(VARIANTS[name], unet, optimizer)
+    measurements = {name: Measurement() for name in names}
+    for round_index in range(args.rounds + 1):
+        for name, trainee in trainees.items():
+            measurement = measurements[name]
+            if measurement.is_out_of_memory:
                 continue
             try:
-                seconds, peak = one_step(variant, pipe, batch, args, device)
+                seconds, peak_gib = trainee.step(pipe, batch, noise, args, device)
             except torch.OutOfMemoryError:
-                rows[name]["peak_GiB"] = "out of memory"
+                measurement.is_out_of_memory = True
                 continue
-            if i:  # the first one warms up
-                rows[name]["rounds"].append(seconds)
-                rows[name]["peak_GiB"] = peak
-    return rows
+            if round_index > 0:
+                measurement.rounds.append(seconds)
+                measurement.peak_gib = peak_gib
+    return measurements
 
 
-def chosen(args, device):
-    """Names of the variants that can run here; says which cannot, and why."""
-    import importlib.util
-
-    there = {"a GPU": device.type == "cuda", "torchao": bool(importlib.util.find_spec("torchao")) and args.method == "full"
-             and args.precision == "bf16", "--compile": args.compile}  # fmt: skip
-    names = [name for name in VARIANTS if not args.only or name in args.only]
-    left = [name for name in names if not there.get(NEEDS.get(name), True)]
-    for name in left:
-        print(f"left out: {name}, which needs {NEEDS[name]}", file=sys.stderr)
-    return [name for name in names if name not in left]
-
-
-def main(args):
-    """Measure and print."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    pipe = make_pipe(args, device)
-    half = DTYPES[args.precision]
-    # where each variant has weights of its own the stock ones wait on the CPU: they would be in every peak
-    place, dtype = (device, half) if args.method != "full" else ("cpu", None)
-    stock = pipe.unet.to(place, dtype).requires_grad_(False)
-    del pipe.unet
-    for module in (pipe.vae, pipe.image_encoder):
-        module.requires_grad_(False).to(device, half)
-    batch = make_batch(pipe, args, device, 4 if args.model == "tiny" else 8)
-    names, rows = chosen(args, device), {}
-    report = Report(device, args)
-    for group in [[name] for name in names] if device.type == "cuda" else [names]:
-        measured = measure(group, pipe, stock, args, device, batch)
-        rows |= measured
-        for name in measured:
-            report.add(name, measured[name], rows[names[0]])
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print(json.dumps(report.document))
+def choose_variants(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """Return the names of the variants that can run here; print which cannot, and why."""
+    names = []
+    for name, variant in VARIANTS.items():
+        if args.only and name not in args.only:
+            continue
+        missing = variant.missing(args, device)
+        if missing:
+            print(f"left out: {name}, which needs {missing}", file=sys.stderr)
+        else:
+            names.append(name)
+    return names
 
 
-def data_seconds(args):
-    """{live, cached: seconds} that one process takes to load a batch."""
-    import tempfile
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    import bench_loader
-
+def measure_loading(args: argparse.Namespace) -> dict[str, float | None]:
+    """Return {"live", "cached": seconds} that one process takes to load a batch."""
+    seconds_of: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder, "frames")
-        bench_loader.write_frames(base, "jpeg", args.num_frames)
-        reads = bench_loader.variants(
-            base, Path(folder, "cache"), args.width, args.height, args.num_frames
+        frames = Path(folder, "frames")
+        bench_loader.write_frames(frames, "jpeg", args.num_frames)
+        readers = bench_loader.make_readers(
+            frames, Path(folder, "cache"), args.width, args.height, args.num_frames
         )
-        told = {}
-        for name, variant in (("live", "ours"), ("cached", "cached")):
+        for encode, read in (("live", readers["ours"]), ("cached", readers["cached"])):
+            read()  # warms up
             seconds = []
-            for _ in range(4):
-                began = time.perf_counter()
-                reads[variant]()
-                seconds.append(time.perf_counter() - began)
-            told[name] = args.batch_size * statistics.median(seconds[1:])
-    return told
+            for _ in range(3):
+                start = time.perf_counter()
+                read()
+                seconds.append(time.perf_counter() - start)
+            seconds_of[encode] = args.batch_size * statistics.median(seconds)
+    return seconds_of
 
 
-def model_tflop(args):
-    """TFLOP of a step that recomputes nothing, of SVD's own size; None of others. Counting takes a minute: counts of before are
-    in step_tflop.json."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from count_step import count_flops
+# ------------------------------------------------------------------------------------- expectation
 
+
+def step_tflop(args: argparse.Namespace) -> float | None:
+    """Return TFLOP of a step that recomputes nothing, for a UNet of SVD's own size, else None.
+
+    Counting takes a minute, so earlier counts are kept in step_tflop.json.
+    """
     if args.model != "full":
         return None
-    file = Path(__file__).with_name("step_tflop.json")
-    known = json.loads(file.read_text()) if file.exists() else {}
+    counts = json.loads(STEP_TFLOP_FILE.read_text()) if STEP_TFLOP_FILE.exists() else {}
     key = f"{args.method} {args.width}x{args.height}x{args.num_frames}"
-    if key not in known:
-        known[key] = (
-            count_flops(args.method, "none", args.width, args.height, args.num_frames)[1] / 1e12
-        )
-        file.write_text(json.dumps(known, indent=1) + "\n")
-    return args.batch_size * known[key]
+    if key not in counts:
+        _, step = count_flops(args.method, "none", args.width, args.height, args.num_frames)
+        counts[key] = step / 1e12
+        STEP_TFLOP_FILE.write_text(json.dumps(counts, indent=1) + "\n")
+    return args.batch_size * counts[key]
 
 
-def predicted_peak(name, args):
-    """GiB that estimate_memory.py says torch will have allocated at most, of a variant of SVD's own size, or None."""
-    from estimate_memory import make_job
-
-    how = VARIANTS[name]
-    if args.model != "full" or not how["fast"]:
+def predicted_peak(variant: Variant, args: argparse.Namespace) -> float | None:
+    """Return the predicted peak in GiB for a UNet of SVD's own size, else None."""
+    if args.model != "full" or not variant.fast:
         return None
-    script = {
-        "lora": "train_svd_lora.py",
-        "full": "train_svd.py",
-        "boxes": "train_svd_tracklet.py",
-    }[args.method]
-    flags = [f"--{flag}={getattr(args, flag)}" for flag in ("width", "height", "num_frames")]
-    flags += [f"--mixed_precision={args.precision}", f"--gradient_checkpointing={how['policy']}", "--validation_steps=0",
-              f"--optimizer={how['optimizer']}", f"--per_gpu_batch_size={args.batch_size}"]  # fmt: skip
-    if how["offload"]:
+    flags = [
+        f"--width={args.width}",
+        f"--height={args.height}",
+        f"--num_frames={args.num_frames}",
+        f"--per_gpu_batch_size={args.batch_size}",
+        f"--mixed_precision={args.precision}",
+        f"--gradient_checkpointing={variant.policy}",
+        f"--optimizer={variant.optimizer}",
+        "--validation_steps=0",
+    ]
+    if variant.offload:
         flags.append("--offload_activations")
-    need = make_job(script, flags, exact=False).need()
+    need = make_job(SCRIPTS[args.method], flags, exact=False).estimate()
     return need.peak if need else None
 
 
+# ------------------------------------------------------------------------------------------ report
+
+
 class Report:
-    """A table whose rows are printed as they are measured, and the same as a JSON document, written with each row."""
+    """Print a table row by row as it is measured, and write the same as a JSON document."""
 
-    PHASES = ("VAE", "VAE, first frame", "CLIP", "forward", "backward", "optimizer")
-
-    def __init__(self, device, args):
-        name = (
-            torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
-        title = f"{args.model} {args.method} {args.width}x{args.height}x{args.num_frames} batch {args.batch_size}"
-        print(f"{title}, {args.precision}, {name}")
-        self.args, self.tflop, self.data = args, model_tflop(args), {"live": None, "cached": None}
+    def __init__(self, device: torch.device, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device_name = f"CPU, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            self.device_name = torch.cuda.get_device_name()
+        size = f"{args.width}x{args.height}x{args.num_frames} batch {args.batch_size}"
+        print(f"{args.model} {args.method} {size}, {args.precision}, {self.device_name}")
+        self.tflop = step_tflop(args)
+        self.loading: dict[str, float | None] = {"live": None, "cached": None}
         if not args.skip_loading:
-            self.data = data_seconds(args)
-        self.peak_tflops = next((t for card, t in PEAK_TFLOPS.items() if card in name), None)
-        columns = "".join(f"{p[:9]:>10}" for p in (*self.PHASES, "data"))
-        print(
-            f"{'':30}{'s/step':>8}{'x faster':>9}{columns}{'peak GiB':>10}{'predicted':>10}{'MFU':>7}",
-            flush=True,
-        )
+            self.loading = measure_loading(args)
+        phases = "".join(f"{phase[:9]:>10}" for phase in (*PHASES, "data"))
+        memory = f"{'peak GiB':>10}{'predicted':>10}{'MFU':>7}"
+        print(f"{'':30}{'s/step':>8}{'x faster':>9}{phases}{memory}", flush=True)
         self.document = {
-            "device": name,
+            "device": self.device_name,
             "torch": torch.__version__,
             **vars(args),
             "tflop": self.tflop,
             "variants": {},
         }
 
-    def add(self, variant, row, first):
-        """Print and keep a variant's row; `first`: the row that it is compared with."""
-        document = {
-            "peak_GiB": row["peak_GiB"],
+    def add(self, name: str, measurement: Measurement, first: Measurement) -> None:
+        """Print and write the row of a variant. first: the variant that it is compared with."""
+        variant = VARIANTS[name]
+        row: dict[str, Any] = {
+            "peak_GiB": OUT_OF_MEMORY if measurement.is_out_of_memory else measurement.peak_gib,
             "predicted_GiB": predicted_peak(variant, self.args),
         }
-        self.document["variants"][variant] = document
-        predicted = f"{document['predicted_GiB']:10.2f}" if document["predicted_GiB"] else " " * 10
-        if not row["rounds"]:
-            print(f"{variant:30}{row['peak_GiB']}{predicted} predicted", flush=True)
-        else:
-            totals = [sum(seconds.values()) for seconds in row["rounds"]]
-            base = [sum(seconds.values()) for seconds in first["rounds"]]
-            document["seconds"] = statistics.median(totals)
-            document |= {
-                phase: statistics.median(s[phase] for s in row["rounds"]) for phase in self.PHASES
-            }
-            document["data"] = self.data[VARIANTS[variant]["encode"]]
-            document["x_faster"] = (
-                statistics.median(b / a for a, b in zip(totals, base)) if base else None
-            )
-            mfu = None
-            if self.tflop and self.peak_tflops:
-                mfu = self.tflop / document["seconds"] / self.peak_tflops
-            document["mfu"] = mfu
-            cells = "".join(f"{document[p]:10.3f}" for p in self.PHASES)
-            cells += f"{document['data']:10.3f}" if document["data"] else " " * 10
-            peak = f"{row['peak_GiB']:10.2f}" if row["peak_GiB"] else " " * 10
-            faster = document["x_faster"] or float("nan")
-            print(f"{variant:30}{document['seconds']:8.3f}{faster:9.2f}{cells}{peak}{predicted}"
-                  + (f"{mfu:7.1%}" if mfu else ""), flush=True)  # fmt: skip
+        if measurement.rounds:
+            row |= self.summarize(measurement, first)
+            row["data"] = self.loading[variant.encode]
+        self.document["variants"][name] = row
+        print(self.format_row(name, row), flush=True)
         if self.args.output:
             Path(self.args.output).write_text(json.dumps(self.document))
 
+    def summarize(self, measurement: Measurement, first: Measurement) -> dict[str, float | None]:
+        """Return the medians over the rounds: seconds, by phase, how many times faster, MFU."""
+        totals = [sum(seconds.values()) for seconds in measurement.rounds]
+        first_totals = [sum(seconds.values()) for seconds in first.rounds]
+        row: dict[str, float | None] = {"seconds": statistics.median(totals)}
+        for phase in PHASES:
+            row[phase] = statistics.median(seconds[phase] for seconds in measurement.rounds)
+        row["x_faster"] = None
+        if first_totals:
+            row["x_faster"] = statistics.median(a / b for a, b in zip(first_totals, totals))
+        row["mfu"] = None
+        for card, peak_tflops in PEAK_TFLOPS.items():
+            if self.tflop and card in self.device_name:
+                row["mfu"] = self.tflop / statistics.median(totals) / peak_tflops
+                break
+        return row
 
-if __name__ == "__main__":
+    def format_row(self, name: str, row: dict[str, Any]) -> str:
+        """Return a row as text."""
+        predicted = format_cell(row["predicted_GiB"], "10.2f")
+        if "seconds" not in row:
+            return f"{name:30}{row['peak_GiB']}{predicted} predicted"
+        cells = [
+            f"{name:30}",
+            format_cell(row["seconds"], "8.3f"),
+            format_cell(row["x_faster"], "9.2f"),
+            *(format_cell(row[phase], "10.3f") for phase in (*PHASES, "data")),
+            format_cell(row["peak_GiB"], "10.2f"),
+            predicted,
+            format_cell(row["mfu"], "7.1%"),
+        ]
+        return "".join(cells).rstrip()
+
+
+def format_cell(value: float | str | None, layout: str) -> str:
+    """Return a number in this layout, and anything else in as many characters."""
+    if isinstance(value, float):
+        return format(value, layout)
+    width = int(layout.partition(".")[0])
+    return f"{value or '':>{width}}"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    pipe = make_pipe(args, device)
+    half = DTYPES[args.precision]
+    if args.method == "full":
+        # each variant has weights of its own; the stock ones on the GPU would be part of every peak
+        stock = pipe.unet.to("cpu")
+    else:
+        stock = pipe.unet.to(device, half)
+    stock.requires_grad_(False)
+    del pipe.unet
+    for module in (pipe.vae, pipe.image_encoder):
+        module.requires_grad_(False).to(device, half)
+    batch = make_batch(pipe, args, device, vae_scale=4 if args.model == "tiny" else 8)
+
+    names = choose_variants(args, device)
+    groups = [names]
+    if device.type == "cuda":
+        groups = [[name] for name in names]
+    report = Report(device, args)
+    first = None
+    for group in groups:
+        measurements = measure_variants(group, pipe, stock, args, device, batch)
+        first = first or measurements[names[0]]
+        for name, measurement in measurements.items():
+            report.add(name, measurement, first)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(json.dumps(report.document))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script's flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # fmt: off
-    parser.add_argument("--model", choices=["tiny", "half", "full"], default="tiny", help="the embedded SVD, or SVD's layout with random weights, at half its width or whole")
-    parser.add_argument("--method", choices=["full", "lora", "boxes"], default="full")
-    parser.add_argument("--precision", choices=DTYPES, default="no")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--height", type=int, default=48)
-    parser.add_argument("--num_frames", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="measure the compiled variants, too: minutes more")
-    parser.add_argument("--skip_loading", action="store_true", help="do not measure what the loader takes")
-    parser.add_argument("--output", help="write the JSON document to this file, too, with each row as it is measured")
-    parser.add_argument("--only", nargs="+", help="these variants, by their names in the table")
+    parser.add_argument("--model", choices=["tiny", "half", "full"], default="tiny", help="the embedded SVD, or random weights in SVD's layout, at half its width or whole")
+    parser.add_argument("--method", choices=["full", "lora", "boxes"], default="full", help="what is trained; default: %(default)s")
+    parser.add_argument("--precision", choices=DTYPES, default="no", help="as --mixed_precision; default: %(default)s")
+    parser.add_argument("--width", type=int, default=64, help="pixels; default: %(default)s")
+    parser.add_argument("--height", type=int, default=48, help="pixels; default: %(default)s")
+    parser.add_argument("--num_frames", type=int, default=8, help="frames of a clip; default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=1, help="clips of a step; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each variant, after one that warms up; default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled variants, too: takes minutes more")
+    parser.add_argument("--skip_loading", action="store_true", help="do not measure the loader")
+    parser.add_argument("--output", help="write the JSON document to this file, too, after each row")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="measure these variants alone, by their names in the table")
     # fmt: on
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

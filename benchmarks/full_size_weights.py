@@ -1,8 +1,9 @@
-"""Write an SVD with random weights in the exact layout of stable-video-diffusion-img2vid: 4.2 GB, no download.
+"""Write an SVD with random weights in the exact layout of stable-video-diffusion-img2vid: 4.2 GB.
 
-    python benchmarks/full_size_weights.py /tmp/svd_random         # fp16 files only, as the Hub's fp16 variant
+    python benchmarks/full_size_weights.py /tmp/svd_random
 
-Losses and pictures mean nothing; memory, seconds and file sizes are those of the real model.
+Writes fp16 files alone, like the Hub's fp16 variant. Losses and videos of such a model mean
+nothing; memory, seconds and file sizes are those of the real model.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 
 
 def write_weights(folder: Path, device: torch.device) -> None:
-    """Make the pipeline on `device`, in half precision, and save it as safetensors of the fp16 variant."""
+    """Make the pipeline on a device, in half precision, and save it as the fp16 variant."""
     from diffusers import (
         AutoencoderKLTemporalDecoder,
         EulerDiscreteScheduler,
@@ -21,7 +22,7 @@ def write_weights(folder: Path, device: torch.device) -> None:
     )
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    vit_h = CLIPVisionConfig(
+    vit_huge = CLIPVisionConfig(
         hidden_size=1280,
         intermediate_size=5120,
         projection_dim=1024,
@@ -40,7 +41,7 @@ def write_weights(folder: Path, device: torch.device) -> None:
             sample_size=768,
             force_upcast=True,
         ).half()
-        clip = CLIPVisionModelWithProjection(vit_h).half()
+        clip = CLIPVisionModelWithProjection(vit_huge).half()
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -62,7 +63,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="where the pipeline is written")
     args = parser.parse_args()
-    write_weights(args.folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_weights(args.folder, device)
     print(f"wrote {args.folder}")

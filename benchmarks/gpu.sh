@@ -1,37 +1,46 @@
 #!/usr/bin/env bash
-# Everything that a GPU can show, within LIMIT seconds (480), the most useful first: does it run, is it right, how fast, how much memory.
-# Each result is printed as soon as it is there. JSON documents, tables, logs and steps.png go to benchmarks/results/<device>/, and,
-# where OUT names a folder, packed into $OUT/results.tgz.
-#     bash benchmarks/gpu.sh                  # full-size SVD with random weights: no downloads
-#     SMALL=1 bash benchmarks/gpu.sh          # the embedded SVD: a rehearsal, also on a CPU
-#     ONLY="checks lora" bash benchmarks/gpu.sh      # some of: checks lora_512 lora_1024 trainers kernels full boxes compile torchao
+# Run everything that needs a GPU within LIMIT seconds (default 480), the most useful parts first: do the trainers run, are
+# their results right, how fast are they, how much memory do they take.
+#     bash benchmarks/gpu.sh                     # full-size SVD with random weights: no downloads
+#     SMALL=1 bash benchmarks/gpu.sh             # the embedded SVD: a rehearsal, also on a CPU
+#     ONLY="checks lora_512" bash benchmarks/gpu.sh
+# Parts of ONLY: checks lora_512 lora_1024 trainers kernels full boxes compile torchao. LIMIT=600 changes the time limit.
+# Each result is printed as soon as it is known. JSON documents, tables, logs and steps.png go to benchmarks/results/<device>/.
+# If OUT names a folder, they are also packed into $OUT/results.tgz.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v python >/dev/null || python() { python3 "$@"; } && export -f python 2>/dev/null || true
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1
-began=$SECONDS
+start_seconds=$SECONDS
 device=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else 'CPU')")
 results="benchmarks/results/$device${SMALL:+_small}"
-runs=$(mktemp -d) # what the trainers write
+runs=$(mktemp -d) # the output folders of the trainers
 trap 'rm -rf "$runs"' EXIT
 mkdir -p "$results/checks"
 : >"$results/checks.txt"
 
-left() { echo $((${LIMIT:-480} - (SECONDS - began))); } # seconds
-limit() { echo $(($(left) < 150 ? $(left) : 150)); } # of one check, which must not take the time of all
+elapsed() { echo $((SECONDS - start_seconds)); }
+seconds_left() { echo $((${LIMIT:-480} - $(elapsed))); }
+check_limit() { # seconds that one check may take, so that it leaves time for the others
+    local left
+    left=$(seconds_left)
+    echo $((left < 150 ? left : 150))
+}
 wanted() { [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $1 "* ]]; }
-headline() { echo "=== $* ($((SECONDS - began)) s)"; }
+headline() { echo "=== $* ($(elapsed) s)"; }
 pack() { [ -z "${OUT:-}" ] || tar czf "$OUT/results.tgz" "$results"; }
 
-check() { # title, shell commands: run in the background; a line says whether they ended well
+check() { # check TITLE COMMANDS: run shell commands in the background; print one line that says whether they succeeded
     local title=$1 commands=$2
     local log="$results/checks/${title//[^a-zA-Z0-9]/_}.log"
     (
-        start=$SECONDS
-        if timeout "$(limit)" bash -c "set -eo pipefail; $commands" >"$log" 2>&1 </dev/null; then
-            line="runs    $title, $((SECONDS - start)) s. $(grep -ohE 'memory: at most.*|PASS.*|largest.*' "$log" | tail -1)"
+        check_start=$SECONDS
+        if timeout "$(check_limit)" bash -c "set -eo pipefail; $commands" >"$log" 2>&1 </dev/null; then
+            summary=$(grep -ohE 'memory: at most.*|PASS.*|largest.*' "$log" | tail -1)
+            line="runs    $title, $((SECONDS - check_start)) s. $summary"
         else
-            line="FAILS   $title: $(grep -vE '^\s*$|CalledProcessError|Traceback' "$log" | tail -1 | cut -c1-300)"
+            last_line=$(grep -vE '^\s*$|CalledProcessError|Traceback' "$log" | tail -1 | cut -c1-300)
+            line="FAILS   $title: $last_line"
         fi
         echo "$line" | tee -a "$results/checks.txt"
     ) &
@@ -39,14 +48,36 @@ check() { # title, shell commands: run in the background; a line says whether th
     [ $((jobs_started % ${JOBS:-$(nproc)})) -ne 0 ] || wait
 }
 
-measure() { # name, flags of bench_step.py
+measure() { # measure NAME COMMAND...: print what it prints but JSON, and keep it in NAME.txt; say so if it fails
+    local name=$1 status
+    shift
+    if [ "$(seconds_left)" -le 20 ]; then
+        echo "$name: not measured, because no time is left"
+        return
+    fi
+    headline "$name"
+    timeout "$(seconds_left)" "$@" 2>"$results/$name.err" | tee "$results/$name.txt" | grep -v '^{'
+    status=${PIPESTATUS[0]}
+    if [ "$status" -eq 124 ]; then
+        echo "$name: stopped after $(elapsed) s, at the time limit. The end of $results/$name.err:"
+        tail -5 "$results/$name.err"
+    elif [ "$status" -ne 0 ]; then
+        echo "$name: failed with exit status $status. The end of $results/$name.err:"
+        tail -15 "$results/$name.err"
+    fi
+    pack
+}
+
+measure_step() { # measure_step NAME FLAGS...: run bench_step.py with these flags
     local name=$1
     shift
-    [ "$(left)" -gt 20 ] || { echo "no time left for $name"; return; }
-    headline "$name"
-    timeout "$(left)" python benchmarks/bench_step.py --output "$results/$name.json" "$@" 2>"$results/$name.err" |
-        tee "$results/$name.txt" | grep -v '^{' || tail -3 "$results/$name.err"
-    pack
+    measure "$name" python benchmarks/bench_step.py --output "$results/$name.json" "$@"
+}
+
+full_size() { # full_size METHOD WIDTHxHEIGHTxFRAMES: flags of bench_step.py for a full-size SVD in bf16
+    local width height frames
+    IFS=x read -r width height frames <<<"$2"
+    echo "--model full --precision bf16 --rounds 3 --method $1 --width $width --height $height --num_frames $frames"
 }
 
 precisions="bf16 fp16"
@@ -101,18 +132,17 @@ if wanted checks; then
 fi
 
 if [ -n "${SMALL:-}" ]; then
-    wanted lora_512 && measure lora_64x48x8 --method lora --rounds 1
-    wanted full && measure full_64x48x8 --method full --rounds 1 --only original ours
-    wanted boxes && measure boxes_64x48x8 --method boxes --rounds 1 --only original ours
-    wanted kernels && { headline kernels; python benchmarks/bench_kernels.py --small 2>/dev/null | tee "$results/kernels.txt" | grep -v '^{'; }
+    wanted lora_512 && measure_step lora_64x48x8 --method lora --rounds 1
+    wanted full && measure_step full_64x48x8 --method full --rounds 1 --only original ours
+    wanted boxes && measure_step boxes_64x48x8 --method boxes --rounds 1 --only original ours
+    wanted kernels && measure kernels python benchmarks/bench_kernels.py --small
 else
-    sized() { echo "--model full --precision ${3:-bf16} --rounds 3 --method $1 --width ${2%%x*} --height $(echo "$2" | cut -dx -f2) --num_frames ${2##*x}"; }
-    wanted lora_512 && measure lora_512x320x14 $(sized lora 512x320x14)
-    wanted lora_1024 && measure lora_1024x576x25 $(sized lora 1024x576x25) --skip_loading
-    if wanted trainers && [ "$(left)" -gt 60 ]; then
+    wanted lora_512 && measure_step lora_512x320x14 $(full_size lora 512x320x14)
+    wanted lora_1024 && measure_step lora_1024x576x25 $(full_size lora 1024x576x25) --skip_loading
+    if wanted trainers && [ "$(seconds_left)" -gt 60 ]; then
         headline "the trainers themselves on a full-size SVD of random weights"
         python benchmarks/full_size_weights.py "$runs/svd" 2>&1 | tail -1
-        python -m svd_xtend.demo.synthetic_clips --base_folder "$runs/long" --domain roam --clips 4 --frames 30 >/dev/null
+        python -m svd_xtend.demo.synthetic_clips --base_folder "$runs/long" --domain roam --clips 4 --num_frames 30 >/dev/null
         large="--base_folder=$runs/long --source_fps=7 --pretrained_model_name_or_path=$runs/svd --max_train_steps=4 --num_workers=4 --seed=1 --num_inference_steps=2 --decode_chunk_size=4 --validation_steps=1000"
         JOBS=1
         check "LoRA 1024x576x25 bf16 nested" "python train_svd_lora.py $large --width=1024 --height=576 --num_frames=25 --mixed_precision=bf16 --gradient_checkpointing=nested --output_dir=$runs/a"
@@ -122,17 +152,15 @@ else
         rm -rf "$runs/b"
         pack
     fi
-    if wanted kernels && [ "$(left)" -gt 20 ]; then
-        headline kernels
-        timeout "$(left)" python benchmarks/bench_kernels.py 2>"$results/kernels.err" | tee "$results/kernels.txt" | grep -v '^{'
-        pack
-    fi
-    wanted full && measure full_512x320x25 $(sized full 512x320x25) --skip_loading --only original "diffusers, its checkpointing" ours "ours, level0" "ours, blocks" "ours, nested"
-    wanted boxes && measure boxes_512x320x14 $(sized boxes 512x320x14) --skip_loading --only original ours "ours, blocks" "ours, nested"
-    wanted compile && measure lora_512x320x14_compile $(sized lora 512x320x14) --skip_loading --compile --only ours "ours, compile"
-    wanted torchao && measure full_512x320x25_bf16 $(sized full 512x320x25) --skip_loading --only "ours, adamw_bf16_sr"
+    wanted kernels && measure kernels python benchmarks/bench_kernels.py
+    wanted full && measure_step full_512x320x25 $(full_size full 512x320x25) --skip_loading --only original "diffusers, its checkpointing" ours "ours, level0" "ours, blocks" "ours, nested"
+    wanted boxes && measure_step boxes_512x320x14 $(full_size boxes 512x320x14) --skip_loading --only original ours "ours, blocks" "ours, nested"
+    wanted compile && measure_step lora_512x320x14_compile $(full_size lora 512x320x14) --skip_loading --compile --only ours "ours, compile"
+    wanted torchao && measure_step full_512x320x25_bf16 $(full_size full 512x320x25) --skip_loading --only "ours, adamw_bf16_sr"
 fi
 wait
-python benchmarks/plot_steps.py "$results" >/dev/null && headline "look at $results/steps.png"
-grep -c FAILS "$results/checks.txt" | sed 's/$/ check(s) failed/'
+if ls "$results"/*.json >/dev/null 2>&1; then
+    python benchmarks/plot_steps.py "$results" >/dev/null && headline "look at $results/steps.png"
+fi
+echo "$(grep -c FAILS "$results/checks.txt") check(s) failed"
 pack
