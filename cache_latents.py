@@ -1,165 +1,231 @@
-"""Encode every frame of a folder's videos once: training then needs neither the VAE's decoder nor CLIP, and hardly the encoder.
+"""Encode every frame of a folder's videos once, for training with --latent_cache.
 
-    accelerate launch cache_latents.py --base_folder=/path/to/frames --latent_cache=/path/to/cache --pretrained_model_name_or_path=/path/to/weight
-    accelerate launch train_svd.py --base_folder=/path/to/frames --latent_cache=/path/to/cache --pretrained_model_name_or_path=/path/to/weight
+    accelerate launch cache_latents.py --base_folder=data/mine --latent_cache=data/cache
+    accelerate launch train_svd.py --base_folder=data/mine --latent_cache=data/cache
 
-Size, crop and weights must be those of the training. Killed, or frames have changed? The same command does what is
-missing. Several processes share the work. Next: svd_xtend/cache.py.
+Pass the same model, size and crop to both. Training then uses neither the VAE's decoder nor CLIP,
+and encodes only one frame per clip. Running the same command again encodes only videos that are
+missing or have changed. Several processes share the work.
 """
+
+from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import logging
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from svd_xtend.data import latent_cache
-from svd_xtend.data.clip import ClipSpec
+from svd_xtend.data.clip import Clip, ClipSpec
 from svd_xtend.data.sampler import ClipCollection
 from svd_xtend.demo.synthetic_clips import ensure_demo
 from svd_xtend.demo.tiny_svd import TINY_SVD
 from svd_xtend.models import precision
-from svd_xtend.training import distributed
+from svd_xtend.training import distributed, flag_types
 from train_svd import base_folder, embed_image
+
+if TYPE_CHECKING:  # `-h` answers at once because torch is imported only where it is used
+    import torch
+    from accelerate import Accelerator
+    from diffusers import StableVideoDiffusionPipeline
+    from torch import Tensor
 
 logger = logging.getLogger("svd_xtend")
 
+# A process that has finished waits this long for the others.
+MAX_WAIT = timedelta(hours=24)
 
-def encode(pipe, clip, args, device):
-    """{mean, std (f, 4, h/8, w/8), image_embeds (f, d)} of a video, in the encoders' precision. Of one that cannot be read
-    nothing: training names it and lets another clip stand in."""
+
+@dataclass
+class CacheJob:
+    """What is encoded, and with what. pipe: the pipeline without its UNet."""
+
+    accelerator: Accelerator
+    pipe: StableVideoDiffusionPipeline
+    clips: ClipCollection
+    description: dict[str, Any]  # the content of cache.json
+
+
+# --------------------------------------------------------------------------------------- encoding
+
+
+def encode_video(
+    pipe: StableVideoDiffusionPipeline,
+    clip: Clip,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Encode all n frames of a video, in the precision of the encoders.
+
+    Returns `mean` and `std` (n, 4, h/8, w/8) of the VAE's posterior and `image_embeds` (n, d), on
+    the CPU. Returns {} for a video that cannot be read; training names it, and shows another clip
+    instead.
+    """
     import torch
 
-    parts = {"mean": [], "std": [], "image_embeds": []}
+    assert clip.size is not None
+    width, height = clip.size
+    means = []
+    stds = []
+    image_embeds = []
+    readers = clip.chunk_readers(width, height, args.resize_mode, args.vae_encode_chunk)
+    num_threads = args.num_workers if clip.files else 1  # a video file is decoded in order
     try:
-        reads = clip.chunk_readers(*clip.size, args.resize_mode, args.vae_encode_chunk)
-        for frames in ahead(reads, args.num_workers if clip.files else 1):
-            pixel_values = (
-                torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            )
+        for frames in call_ahead(readers, num_threads):
+            pixel_values = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2)
+            pixel_values = pixel_values.float() / 127.5 - 1
             with torch.no_grad():
                 posterior = pipe.vae.encode(pixel_values.to(pipe.vae.dtype)).latent_dist
-            parts["mean"].append(posterior.mean.cpu())
-            parts["std"].append(posterior.std.cpu())
-            parts["image_embeds"].append(embed_image(pipe, pixel_values)[:, 0].cpu())
+            means.append(posterior.mean.cpu())
+            stds.append(posterior.std.cpu())
+            image_embeds.append(embed_image(pipe, pixel_values)[:, 0].cpu())
     except ValueError as error:
-        logger.warning("%s; its video is left out", error)
+        logger.warning("%s; the video is left out of the cache", error)
         return {}
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return {
+        "mean": torch.cat(means),
+        "std": torch.cat(stds),
+        "image_embeds": torch.cat(image_embeds),
+    }
 
 
-def ahead(functions, threads):
-    """What each answers, in order; so many are called before it is their turn."""
-    with ThreadPoolExecutor(threads) as pool:
-        coming = collections.deque(pool.submit(function) for function in functions[:threads])
-        for function in [*functions[threads:], *[None] * len(coming)]:
-            answer = coming.popleft().result()
-            if function:
-                coming.append(pool.submit(function))
-            yield answer
+def call_ahead(
+    functions: Sequence[Callable[[], np.ndarray]], num_threads: int
+) -> Iterator[np.ndarray]:
+    """Yield the results of the functions in order, with `num_threads` of them running ahead."""
+    remaining = iter(functions)
+    with ThreadPoolExecutor(num_threads) as pool:
+        first = itertools.islice(remaining, num_threads)
+        running = collections.deque(pool.submit(function) for function in first)
+        while running:
+            result = running.popleft().result()
+            following = next(remaining, None)
+            if following is not None:
+                running.append(pool.submit(following))
+            yield result
 
 
-def start(args):
-    """(accelerator, pipeline without a UNet, videos, what cache.json says)."""
-    from datetime import timedelta
+# -------------------------------------------------------------------------------------------- job
 
+
+def prepare_job(args: argparse.Namespace) -> CacheJob:
+    """Find the videos and load the encoders.
+
+    Raises ValueError if --latent_cache was made with another model, precision, size or crop.
+    """
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from svd_xtend.models.loading import load_svd, move_encoders, read_size_multiple
 
+    model = args.pretrained_model_name_or_path
     accelerator = Accelerator(
         mixed_precision=precision.check_precision(args.mixed_precision),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=24))
-        ],  # who is done waits for the others
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=MAX_WAIT)],
     )
     if accelerator.num_processes > 1:
         distributed.fail_together(accelerator.process_index)
-    logging.basicConfig(
-        level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s"
-    )
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
     with accelerator.main_process_first():
         ensure_demo(args.base_folder)
-        step = args.buckets and read_size_multiple(args.pretrained_model_name_or_path, args.revision)
-        clips = ClipCollection(
-            args.base_folder,
-            ClipSpec(args.width, args.height, 1, "native", args.resize_mode),
-            motion_bucket_id=0,
-            bucket_step=step,
-        )
+        bucket_step = read_size_multiple(model, args.revision) if args.buckets else 0
+        spec = ClipSpec(args.width, args.height, 1, "native", args.resize_mode)
+        clips = ClipCollection(args.base_folder, spec, motion_bucket_id=0, bucket_step=bucket_step)
     latent_cache.check_cache_names(args.latent_cache, clips)
-    pipe = load_svd(args.pretrained_model_name_or_path, torch.float32, args.revision, unet=False)
-    how = accelerator.mixed_precision, args.width, args.height, args.resize_mode
+    pipe = load_svd(model, torch.float32, args.revision, unet=False)
+    cache_options = (accelerator.mixed_precision, args.width, args.height, args.resize_mode)
     if Path(args.latent_cache, latent_cache.DESCRIPTION_FILE).exists():
-        latent_cache.check_cache(args.latent_cache, pipe, *how)
-    description = latent_cache.describe_cache(pipe, *how)
-    half = precision.compute_dtype(accelerator.mixed_precision)
-    move_encoders(pipe, half, accelerator.device)
-    return accelerator, pipe, clips, description
+        latent_cache.check_cache(args.latent_cache, pipe, *cache_options)
+    description = latent_cache.describe_cache(pipe, *cache_options)
+    dtype = precision.compute_dtype(accelerator.mixed_precision)
+    move_encoders(pipe, dtype, accelerator.device)
+    return CacheJob(accelerator, pipe, clips, description)
 
 
-def main(args):
-    """Check, tell the size, encode what is not there."""
+def bytes_per_frame(pipe: StableVideoDiffusionPipeline, width: int, height: int) -> int:
+    """Return the size of a cached frame: mean and std of its latents, and its CLIP embedding."""
+    downscale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    latent_values = pipe.vae.config.latent_channels * (width // downscale) * (height // downscale)
+    embedding_values = pipe.image_encoder.config.projection_dim
+    return (2 * latent_values + embedding_values) * pipe.vae.dtype.itemsize
+
+
+def main(args: argparse.Namespace) -> None:
+    """Encode the videos that the cache lacks, each on one process.
+
+    Raises ValueError if the disk has too little space.
+    """
     from tqdm import tqdm
 
-    accelerator, pipe, clips, description = start(args)
-    folder, count = Path(args.latent_cache), accelerator.num_processes
-    missing = [i for i, clip in enumerate(clips) if not latent_cache.is_cache_fresh(folder, clip)]
-    accelerator.wait_for_everyone()  # all must have counted before one begins to write
-    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    values = (
-        8 * (args.width // scale) * (args.height // scale)
-        + pipe.image_encoder.config.projection_dim
-    )
-    need = sum(len(clips[i]) for i in missing) * values * pipe.vae.dtype.itemsize
+    job = prepare_job(args)
+    accelerator = job.accelerator
+    clips = job.clips
+    folder = Path(args.latent_cache)
+    missing = [i for i in range(len(clips)) if not latent_cache.is_cache_fresh(folder, clips[i])]
+    accelerator.wait_for_everyone()  # every process must see the same videos missing
+    num_frames = sum(len(clips[i]) for i in missing)
+    needed_bytes = num_frames * bytes_per_frame(job.pipe, args.width, args.height)
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    logger.info("%d videos, %d to do: %.2f GB, %.1f GB free, %d process(es)", len(clips), len(missing), need / 1e9, free / 1e9, count)  # fmt: skip
-    if need > free:
+    free_bytes = shutil.disk_usage(folder).free
+    logger.info(
+        "%d videos, %d to encode: %.2f GB of %.1f GB free, %d process(es)",
+        len(clips),
+        len(missing),
+        needed_bytes / 1e9,
+        free_bytes / 1e9,
+        accelerator.num_processes,
+    )
+    if needed_bytes > free_bytes:
         raise ValueError(
-            f"--latent_cache {folder}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            f"--latent_cache {folder}: needs {needed_bytes / 1e9:.2f} GB, but only "
+            f"{free_bytes / 1e9:.2f} GB are free"
         )
     if accelerator.is_main_process:
-        latent_cache.write_cache_description(folder, description)
-    own = sorted(missing, key=lambda i: len(clips[i]))[accelerator.process_index :: count]
-    for i in tqdm(own, desc="caching", disable=not accelerator.is_main_process):
+        latent_cache.write_cache_description(folder, job.description)
+    by_length = sorted(missing, key=lambda i: len(clips[i]))
+    of_this_process = by_length[accelerator.process_index :: accelerator.num_processes]
+    for i in tqdm(of_this_process, desc="caching", disable=not accelerator.is_main_process):
         digest = latent_cache.clip_digest(clips[i])
-        latent_cache.write_cached_clip(
-            folder, clips[i], digest, encode(pipe, clips[i], args, accelerator.device)
-        )
+        tensors = encode_video(job.pipe, clips[i], args, accelerator.device)
+        latent_cache.write_cached_clip(folder, clips[i], digest, tensors)
     accelerator.wait_for_everyone()
     logger.info("done: train with --latent_cache=%s", folder)
     accelerator.end_training()
 
 
-def build_parser():
-    """Flags: what is encoded, by what, where to."""
+# ----------------------------------------------------------------------------------- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # fmt: off
-    parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD; by default the embedded one")
-    parser.add_argument("--revision", help="Hub revision of it")
-    parser.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folders of videos, files or folders of frames; default: {base_folder}")
-    parser.add_argument("--latent_cache", required=True, help="where the cache goes")
-    parser.add_argument("--width", type=int, default=512, help="pixels, a multiple of 8; default: %(default)s")
-    parser.add_argument("--height", type=int, default=320, help="pixels, a multiple of 8; default: %(default)s")
-    parser.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="cover and crop the centre, or ignore the aspect ratio")
-    parser.add_argument("--buckets", action="store_true", help="for training with --buckets: each video in the size of its aspect ratio")
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="of the encoders; default: what accelerate is configured for")
-    parser.add_argument("--vae_encode_chunk", type=int, default=8, help="frames encoded at once; lower when out of memory; default: %(default)s")
-    parser.add_argument("--num_workers", type=int, default=4, help="threads that decode a folder's frames; default: %(default)s")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD; default: the embedded one")
+    parser.add_argument("--revision", help="Hub revision of the model")
+    parser.add_argument("--base_folder", nargs="+", default=[base_folder], metavar="FOLDER", help=f"folders of videos: video files, or folders of frames; default: {base_folder}")
+    parser.add_argument("--latent_cache", required=True, help="folder for the cache")
+    parser.add_argument("--width", type=flag_types.multiple_of_8, default=512, help="pixels, a multiple of 8; default: %(default)s")
+    parser.add_argument("--height", type=flag_types.multiple_of_8, default=320, help="pixels, a multiple of 8; default: %(default)s")
+    parser.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="crop the centre, or ignore the aspect ratio; default: %(default)s")
+    parser.add_argument("--buckets", action="store_true", help="encode each video in the size of its aspect ratio, for training with --buckets")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the encoders; default: the setting of accelerate")
+    parser.add_argument("--vae_encode_chunk", type=flag_types.positive_int, default=8, help="frames encoded at once; lower it when out of memory; default: %(default)s")
+    parser.add_argument("--num_workers", type=flag_types.positive_int, default=4, help="threads that read the frames of a folder; default: %(default)s")
     # fmt: on
     return parser
 
 
 if __name__ == "__main__":
-    parser = build_parser()
-    args = parser.parse_args()
-    if args.num_workers < 1:
-        parser.error(f"--num_workers {args.num_workers}: must be at least 1")
-    if args.width % 8 or args.height % 8:
-        parser.error(f"--width {args.width} --height {args.height}: must be multiples of 8")
-    main(args)
+    main(build_parser().parse_args())

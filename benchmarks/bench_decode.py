@@ -1,15 +1,22 @@
-"""What a window of a video file costs, beside what cannot be saved: decoding it and the way to it from the keyframe.
+"""Measure what reading a window of a video file costs, beside what it must cost.
 
     python benchmarks/bench_decode.py
     python benchmarks/bench_decode.py --videos my.mp4 --rounds 40
 
-Physics: a frame is coded by its difference to others, so that a window is decoded from the last keyframe before it on. Beyond
-that a reader opens the file, reads its index, seeks, starts a decoder, and converts. `floor`: a container that is open and
-stands at that keyframe is decoded up to the window's end, and the window's frames are converted. `ours`: svd_xtend.decode.read,
-which opens the file each time. `whole`: all frames are decoded. Windows are drawn at random; ratios are medians of each window's.
+A frame is coded as its difference to other frames, so a window must be decoded from the last
+keyframe before it. Beyond that, a reader opens the file, reads its index, seeks, starts a decoder
+and converts to RGB.
 
-The last line is one JSON document.
+floor   a container that is already open and stands at that keyframe is decoded to the window's end,
+        and the window's frames are converted
+ours    video_decode.read_frames, which opens the file each time
+whole   all frames are decoded and converted
+
+Windows begin at random frames. The ratio is the median over the windows of ours / floor. The last
+line is one JSON document.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -17,7 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -28,111 +37,149 @@ from tqdm import tqdm
 
 from svd_xtend.data import video_decode
 
-CODECS = {  # suffix, codec, options
-    "h264": ("mp4", "libx264", {}),
-    "hevc": ("mp4", "libx265", {"x265-params": "log-level=none", "preset": "ultrafast"}),
-    "av1": ("mkv", "libsvtav1", {"preset": "10"}),
-    "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
-    "mpeg4": ("avi", "mpeg4", {}),
-    "mjpeg": ("mov", "mjpeg", {}),
-    "gif": ("gif", "gif", {}),
+
+@dataclass(frozen=True)
+class Codec:
+    """How a test video is encoded."""
+
+    suffix: str
+    name: str  # FFmpeg's
+    options: dict[str, str]
+    pix_fmt: str = "yuv420p"
+
+
+CODECS = {
+    "h264": Codec("mp4", "libx264", {}),
+    "hevc": Codec("mp4", "libx265", {"x265-params": "log-level=none", "preset": "ultrafast"}),
+    "av1": Codec("mkv", "libsvtav1", {"preset": "10"}),
+    "vp9": Codec("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+    "mpeg4": Codec("avi", "mpeg4", {}),
+    "mjpeg": Codec("mov", "mjpeg", {}, "yuvj420p"),
+    "gif": Codec("gif", "gif", {}, "rgb8"),
 }
-SIZE, FRAMES, GOP, RATE = (1280, 720), 120, 48, 24
+WIDTH = 1280
+HEIGHT = 720
+NUM_FRAMES = 120
+KEYFRAME_INTERVAL = 48  # frames
+RATE = 24  # frames per second
+PAN = 4  # pixels per frame
 
 
-def write(path, codec, options):
-    """A window that pans over smooth noise."""
-    g, (width, height) = np.random.default_rng(0), SIZE
-    noise = [
-        Image.fromarray(g.integers(0, 256, (height // 8, width // 4), np.uint8)) for _ in range(3)
-    ]
-    scene = np.stack(
-        [np.asarray(n.resize((2 * width, height), Image.Resampling.BICUBIC)) for n in noise], -1
-    )
+def write_video(path: str | Path, codec: Codec) -> None:
+    """Encode a window that pans over smooth noise."""
+    rng = np.random.default_rng(0)
+    channels = []
+    for _ in range(3):
+        noise = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 4), np.uint8)
+        smooth = Image.fromarray(noise).resize((2 * WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        channels.append(np.asarray(smooth))
+    scene = np.stack(channels, -1)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=RATE, options=options)
-        stream.width, stream.height, stream.gop_size = width, height, GOP
-        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
-        for i in range(FRAMES):
-            window = np.ascontiguousarray(scene[:, 4 * i : 4 * i + width])
+        stream: Any = container.add_stream(codec.name, rate=RATE, options=codec.options)
+        stream.width = WIDTH
+        stream.height = HEIGHT
+        stream.gop_size = KEYFRAME_INTERVAL
+        stream.pix_fmt = codec.pix_fmt
+        for i in range(NUM_FRAMES):
+            window = np.ascontiguousarray(scene[:, PAN * i : PAN * i + WIDTH])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(window, format="rgb24")))
         container.mux(stream.encode())
 
 
-def floor(path, film, numbers, back=0):
-    """Seconds of decoding from the keyframe to the window's end and of converting the window; from the keyframe before,
-    where the window's first frames lead one and refer to it."""
+def time_floor(
+    path: str | Path, times: np.ndarray, frame_indices: list[int], seek_offset: int = 0
+) -> float:
+    """Return the seconds to decode from the keyframe to the window's end and to convert the window.
+
+    times: VideoInfo.times. seek_offset: frames to seek further back. If the window's first frames
+    are shown before the keyframe and refer to the one before it, the measurement is repeated from
+    there.
+    """
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        if numbers[0]:
-            container.seek(
-                round(film.times[max(numbers[0] - back, 0)] / float(stream.time_base)),
-                stream=stream,
-            )
-        packets, began, done = container.demux(stream), time.perf_counter(), 0
+        if frame_indices[0] > 0:
+            seek_time = times[max(frame_indices[0] - seek_offset, 0)]
+            timestamp = round(seek_time / video_decode.timestamp_unit(stream))
+            container.seek(timestamp, stream=stream)
+        packets = container.demux(stream)
+        began = time.perf_counter()
+        num_converted = 0
         for packet in packets:
             for frame in packet.decode():
-                number = video_decode.nearest_frame(film.times, float(frame.pts * frame.time_base))
-                if number in numbers:
+                index = video_decode.nearest_frame(times, video_decode.frame_time(frame))
+                if index in frame_indices:
                     frame.to_ndarray(format="rgb24")
-                    done += 1
-                if done == len(numbers):
+                    num_converted += 1
+                if num_converted == len(frame_indices):
                     return time.perf_counter() - began
-    if back:
+    if seek_offset:
         raise ValueError(f"{path}: the window was not found")
-    return floor(path, film, numbers, video_decode.MAX_REORDERED_FRAMES)
+    return time_floor(path, times, frame_indices, video_decode.MAX_REORDERED_FRAMES)
 
 
-def measure(path, args):
-    """Medians of one file."""
-    film, g, rows = video_decode.probe_video(path), np.random.default_rng(1), []
-    for _ in range(args.rounds):
-        start = int(g.integers(len(film.times) - args.num_frames))
-        numbers = list(range(start, start + args.num_frames))
-        least = floor(path, film, numbers)
-        began = time.perf_counter()
-        list(video_decode.read_frames(path, film.times, numbers))
-        rows.append((least, time.perf_counter() - began))
+def time_whole(path: str | Path) -> float:
+    """Return the seconds to decode and convert all frames."""
     began = time.perf_counter()
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             frame.to_ndarray(format="rgb24")
-    whole = time.perf_counter() - began
-    ours = statistics.median(b for _, b in rows)
-    return {"floor_ms": 1e3 * statistics.median(a for a, _ in rows), "ours_ms": 1e3 * ours,
-            "ratio": statistics.median(b / a for a, b in rows), "whole_ms": 1e3 * whole}  # fmt: skip
+    return time.perf_counter() - began
 
 
-def main(args):
-    """Write the files, measure them, print a table."""
-    print(f"{args.num_frames} of {FRAMES} frames of {SIZE[0]}x{SIZE[1]}, a keyframe every {GOP}")
-    print(f"{'file':12}{'floor ms':>10}{'ours ms':>9}{'ratio':>7}{'whole ms':>10}")
-    table = {}
-    with tempfile.TemporaryDirectory() as folder:
-        videos = {Path(path).name: Path(path) for path in args.videos}
-        for name, (suffix, codec, options) in (
-            () if videos else tqdm(CODECS.items(), desc="encoding", leave=False)
-        ):
-            videos_path = Path(folder, f"{name}.{suffix}")
-            write(videos_path, codec, options)
-            table[name] = measure(videos_path, args)
-        table.update({name: measure(path, args) for name, path in videos.items()})
-    for name, r in table.items():
+def measure_file(path: str | Path, num_frames: int, rounds: int) -> dict[str, float]:
+    """Return the row of one file, medians over `rounds` windows of `num_frames` frames."""
+    video = video_decode.probe_video(path)
+    rng = np.random.default_rng(1)
+    floor_seconds = []
+    our_seconds = []
+    for _ in range(rounds):
+        start = int(rng.integers(len(video.times) - num_frames))
+        frame_indices = list(range(start, start + num_frames))
+        floor_seconds.append(time_floor(path, video.times, frame_indices))
+        began = time.perf_counter()
+        list(video_decode.read_frames(path, video.times, frame_indices))
+        our_seconds.append(time.perf_counter() - began)
+    ratios = [ours / floor for floor, ours in zip(floor_seconds, our_seconds)]
+    return {
+        "floor_ms": 1e3 * statistics.median(floor_seconds),
+        "ours_ms": 1e3 * statistics.median(our_seconds),
+        "ratio": statistics.median(ratios),
+        "whole_ms": 1e3 * time_whole(path),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the given files, or files of all codecs made here, and print a table."""
+    files = {}
+    if args.videos:
+        for path in map(Path, args.videos):
+            files[path.name] = measure_file(path, args.num_frames, args.rounds)
+    else:
         print(
-            f"{name:12}{r['floor_ms']:10.1f}{r['ours_ms']:9.1f}{r['ratio']:7.2f}{r['whole_ms']:10.1f}"
+            f"{args.num_frames} of {NUM_FRAMES} frames of {WIDTH}x{HEIGHT}, "
+            f"a keyframe every {KEYFRAME_INTERVAL}"
         )
-    print(json.dumps({"num_frames": args.num_frames, "rounds": args.rounds, "files": table}))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, codec in tqdm(CODECS.items(), desc="encoding", leave=False):
+                path = Path(folder, f"{name}.{codec.suffix}")
+                write_video(path, codec)
+                files[name] = measure_file(path, args.num_frames, args.rounds)
+    print(f"{'file':12}{'floor ms':>10}{'ours ms':>9}{'ratio':>7}{'whole ms':>10}")
+    for name, row in files.items():
+        print(
+            f"{name:12}{row['floor_ms']:10.1f}{row['ours_ms']:9.1f}"
+            f"{row['ratio']:7.2f}{row['whole_ms']:10.1f}"
+        )
+    print(json.dumps({"num_frames": args.num_frames, "rounds": args.rounds, "files": files}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--videos", nargs="+", default=[], help="files of yours instead of those made here"
-    )
-    parser.add_argument(
-        "--num_frames", type=int, default=14, help="of a window; default: %(default)s"
-    )
-    parser.add_argument("--rounds", type=int, default=20, help="windows; default: %(default)s")
+    # fmt: off
+    parser.add_argument("--videos", nargs="+", default=[], help="your files; default: one of each codec, made here")
+    parser.add_argument("--num_frames", type=int, default=14, help="frames of a window; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=20, help="windows per file; default: %(default)s")
+    # fmt: on
     main(parser.parse_args())

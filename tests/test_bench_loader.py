@@ -12,7 +12,7 @@ import bench_loader
 def test_reference_and_loader_read_the_same_pixels_and_the_cache_a_whole_clip(tmp_path):
     """PNG, so that only the crop and the resize could differ."""
     bench_loader.write_frames(tmp_path / "png", "png", 2)
-    reads = bench_loader.variants(tmp_path / "png", tmp_path / "cache", 128, 80, 2)
+    reads = bench_loader.make_readers(tmp_path / "png", tmp_path / "cache", 128, 80, 2)
     full, ours, cached = (read() for read in reads.values())
     assert ours["pixel_values"].shape == full["pixel_values"].shape == (2, 3, 80, 128)
     same = bench_loader.psnr(

@@ -215,7 +215,7 @@ def read_cached_window(
         with open_cache_file(file, "pt") as tensors:
             if stored_digest(tensors) != clip_digest(clip):
                 raise ValueError(
-                    f"{file}: the frames have changed since. Run cache_latents.py again."
+                    f"{file}: the frames have changed since; run cache_latents.py again"
                 )
             # A slice reads only its own bytes of the file, and the window is then taken from it.
             mean = tensors.get_slice("mean")[first:end][frame_indices - first].float()
@@ -223,6 +223,6 @@ def read_cached_window(
             image_embeds = tensors.get_slice("image_embeds")[first : first + 1].float()
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{file}: cannot be read from the latent cache ({error}). Run cache_latents.py again."
+            f"{file}: cannot be read from the latent cache ({error}); run cache_latents.py again"
         ) from error
     return {"moments": np.stack([mean.numpy(), std.numpy()]), "image_embeds": image_embeds.numpy()}

@@ -1,4 +1,4 @@
-"""The latent cache: training from it is training from pixels, and a wrong one is noticed."""
+"""Training from the latent cache equals training from pixels, and a wrong cache is noticed."""
 
 import json
 import os
@@ -23,25 +23,26 @@ from svd_xtend.models import loading
 from svd_xtend.models.loading import load_svd
 
 
-def make(folder, base, *flags):
+def make_cache(folder, base, *flags):
+    """Run cache_latents.py in this process and return the cache's folder."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    given = [
+    arguments = [
         f"--base_folder={base}",
         f"--latent_cache={folder}",
         "--width=64",
         "--height=48",
         *flags,
     ]
-    cache_latents.main(cache_latents.build_parser().parse_args(given))
+    cache_latents.main(cache_latents.build_parser().parse_args(arguments))
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
 @pytest.fixture
 def frames(clips, tmp_path):
-    """Three clips of their own, which may be broken."""
+    """Copy three clips, which the test may damage."""
     for name in ("fall0000", "fall0001", "fall0002"):
         shutil.copytree(clips / name, tmp_path / "frames" / name)
     return tmp_path / "frames"
@@ -49,7 +50,7 @@ def frames(clips, tmp_path):
 
 @pytest.fixture
 def cached(frames, tmp_path):
-    return make(tmp_path / "cache", frames)
+    return make_cache(tmp_path / "cache", frames)
 
 
 def batch_of(data, indices):
@@ -62,54 +63,57 @@ def data_of(frames, cached=None, f=5):
 
 
 def test_the_loss_from_the_cache_is_the_loss_from_pixels(pipe, frames, cached):
-    """Windows of 5 of 8 frames, so that starts differ; posterior sampling, noise augmentation and dropout included."""
+    """With windows of 5 of 8 frames, posterior sampling, noise augmentation and dropout."""
     args = train_svd.LossOptions(4, 0.7, 1.6, (0.0, 0.0, 0.1), vae_encode_chunk=5)
-    live, stored = (batch_of(data_of(frames, c), range(4)) for c in (None, cached))
-    assert stored["pixel_values"].shape[1] == 1 and live["pixel_values"].shape[1] == 5
+    live = batch_of(data_of(frames), range(4))
+    stored = batch_of(data_of(frames, cached), range(4))
+    assert live["pixel_values"].shape[1] == 5
+    assert stored["pixel_values"].shape[1] == 1
     with torch.no_grad():
-        a, b = (train_svd.training_loss(pipe.unet, pipe, batch, args) for batch in (live, stored))
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        live_loss = train_svd.training_loss(pipe.unet, pipe, live, args)
+        stored_loss = train_svd.training_loss(pipe.unet, pipe, stored, args)
+    torch.testing.assert_close(live_loss, stored_loss, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [{}, {"buckets": 8}])
-def test_of_video_files_too_sampled_by_time_and_in_every_size(pipe, tmp_path, how):
-    sample_videos.write_video(tmp_path / "files" / "a.mkv", "ffv1", "bgr0", frames=30, size=(96, 64))
-    sample_videos.write_video(tmp_path / "files" / "b.mp4", frames=30, size=(64, 96), gop=12)
-    folder = make(
-        tmp_path / "cache", tmp_path / "files", *["--buckets"] * len(how), "--vae_encode_chunk=7"
-    )
+@pytest.mark.parametrize("buckets", [0, 8])
+def test_the_losses_of_video_files_agree_too_and_in_every_size_bucket(pipe, tmp_path, buckets):
+    videos = tmp_path / "files"
+    sample_videos.write_video(videos / "a.mkv", "ffv1", "bgr0", frames=30, size=(96, 64))
+    sample_videos.write_video(videos / "b.mp4", frames=30, size=(64, 96), gop=12)
+    flags = ["--vae_encode_chunk=7"]
+    if buckets:
+        flags.append("--buckets")
+    folder = make_cache(tmp_path / "cache", videos, *flags)
     args = train_svd.LossOptions(4, 0.7, 1.6, (0.0, 0.0, 0.1))
-    live, stored = (
-        open_dataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, c, **how)
-        for c in (None, folder)
-    )
+    live_data = open_dataset(videos, 64, 48, 5, 10, 127, "crop", 3, buckets=buckets)
+    stored_data = open_dataset(videos, 64, 48, 5, 10, 127, "crop", 3, folder, buckets=buckets)
     for index in range(4):
-        batches = [batch_of(data, [index]) for data in (live, stored)]
+        live = batch_of(live_data, [index])
+        stored = batch_of(stored_data, [index])
         with torch.no_grad():
-            a, b = (train_svd.training_loss(pipe.unet, pipe, batch, args) for batch in batches)
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    if how:
-        with pytest.raises(
-            ValueError,
-            match="[12] of 2 videos have a missing, damaged or outdated cache file, or one of another size",
-        ):
-            open_dataset(tmp_path / "files", 64, 48, 5, 10, 127, "crop", 3, folder)
+            live_loss = train_svd.training_loss(pipe.unet, pipe, live, args)
+            stored_loss = train_svd.training_loss(pipe.unet, pipe, stored, args)
+        torch.testing.assert_close(live_loss, stored_loss, rtol=1e-4, atol=1e-5)
+    if buckets:
+        with pytest.raises(ValueError, match="[12] of 2 videos have a .* or one of another size"):
+            open_dataset(videos, 64, 48, 5, 10, 127, "crop", 3, folder)
 
 
-def test_a_run_from_the_cache_asks_clip_nothing_and_the_vae_for_one_frame(
+def test_training_from_the_cache_skips_clip_and_encodes_one_frame_per_clip(
     run, frames, cached, monkeypatch
 ):
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection
 
-    encoded, encode = [], AutoencoderKLTemporalDecoder.encode
+    encoded = []
+    encode = AutoencoderKLTemporalDecoder.encode
 
     def counted(self, x):
         encoded.append(len(x))
         return encode(self, x)
 
     def never(self, *_, **__):
-        raise AssertionError("CLIP was asked")
+        raise AssertionError("CLIP was called")
 
     monkeypatch.setattr(AutoencoderKLTemporalDecoder, "encode", counted)
     monkeypatch.setattr(CLIPVisionModelWithProjection, "forward", never)
@@ -122,11 +126,11 @@ def test_a_run_from_the_cache_asks_clip_nothing_and_the_vae_for_one_frame(
     assert encoded == [1] * 4
 
 
-def test_the_same_command_does_only_what_is_missing_and_leaves_nothing_half(frames, cached):
+def test_the_same_command_encodes_only_what_is_missing_and_leaves_no_partial_files(frames, cached):
     before = {p.name: p.stat().st_mtime_ns for p in cached.iterdir()}
     (cached / "fall0001.safetensors").unlink()
     (cached / "fall0002.safetensors").write_bytes(b"damaged")
-    make(cached, frames)
+    make_cache(cached, frames)
     after = {p.name: p.stat().st_mtime_ns for p in cached.iterdir()}
     assert (
         before.keys()
@@ -142,11 +146,15 @@ def test_the_same_command_does_only_what_is_missing_and_leaves_nothing_half(fram
     assert len(data_of(frames, cached)) == 3
 
 
-def test_a_changed_frame_a_missing_video_and_a_damaged_file_are_one_error(frames, cached):
+def test_changed_missing_and_damaged_videos_are_one_error(frames, cached):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(frames / "fall0001" / "003.png")
-    with pytest.raises(ValueError, match="^--latent_cache .*: 1 of 3 videos have a missing, damaged or outdated cache file, or one of another size, for example fall0001"):  # fmt: skip
+    expected = (
+        "^--latent_cache .*: 1 of 3 videos have a missing, damaged or outdated cache file, "
+        "or one of another size, for example fall0001"
+    )
+    with pytest.raises(ValueError, match=expected):
         data_of(frames, cached)
-    make(cached, frames)
+    make_cache(cached, frames)
     (cached / "fall0000.safetensors").unlink()
     (cached / "fall0002.safetensors").write_bytes(
         (cached / "fall0002.safetensors").read_bytes()[:100]
@@ -155,7 +163,7 @@ def test_a_changed_frame_a_missing_video_and_a_damaged_file_are_one_error(frames
         data_of(frames, cached)
 
 
-def test_a_file_that_is_damaged_in_mid_run_is_replaced_by_another_clip_and_named(
+def test_a_cache_file_damaged_during_a_run_is_named_and_another_clip_is_used(
     frames, cached, caplog
 ):
     data = data_of(frames, cached)
@@ -164,19 +172,20 @@ def test_a_file_that_is_damaged_in_mid_run_is_replaced_by_another_clip_and_named
     item = data[0]
     other = data[1]
     assert item["moments"].shape == other["moments"].shape == (2, 5, 4, 12, 16)
-    assert (
-        "Run cache_latents.py again" in caplog.text
-        and "another clip takes its place" in caplog.text
-    )
+    assert "run cache_latents.py again" in caplog.text
+    assert "another clip is used in its place" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "flags, told",
-    [(["--width=128"], "width 64, but this run uses 128"), (["--resize_mode=stretch"], "resize_mode crop, but this run uses stretch")],
-)  # fmt: skip
-def test_a_cache_of_another_size_or_crop_is_refused(run, frames, cached, flags, told):
-    with pytest.raises(ValueError, match=f"^--latent_cache .*: was made with {told}"):
-        run(f"--base_folder={frames}", f"--latent_cache={cached}", "--max_train_steps=1", *flags)
+    "flag, difference",
+    [
+        ("--width=128", "width 64, but this run uses 128"),
+        ("--resize_mode=stretch", "resize_mode crop, but this run uses stretch"),
+    ],
+)
+def test_a_cache_of_another_size_or_crop_is_refused(run, frames, cached, flag, difference):
+    with pytest.raises(ValueError, match=f"^--latent_cache .*: was made with {difference}"):
+        run(f"--base_folder={frames}", f"--latent_cache={cached}", "--max_train_steps=1", flag)
 
 
 def test_a_cache_of_another_model_is_refused_and_half_precision_is_the_same_model(pipe, cached):
@@ -194,25 +203,28 @@ def test_a_cache_of_another_model_is_refused_and_half_precision_is_the_same_mode
         latent_cache.check_cache(cached / "none", pipe, "no", 64, 48, "crop")
 
 
-def test_the_size_is_told_before_and_is_the_size(frames, tmp_path, capsys, caplog):
+def test_the_logged_size_of_the_cache_is_its_size_on_disk(frames, tmp_path, capsys, caplog):
     with caplog.at_level("INFO"):
-        out = make(tmp_path / "cache", frames)
-    (said,) = (r.getMessage() for r in caplog.records if "to do:" in r.getMessage())
+        out = make_cache(tmp_path / "cache", frames)
+    messages = [record.getMessage() for record in caplog.records]
+    (message,) = (message for message in messages if "to encode:" in message)
     need = 3 * 8 * (8 * 12 * 16 + 64) * 4
-    assert f"3 videos, 3 to do: {need / 1e9:.2f} GB" in said
+    assert f"3 videos, 3 to encode: {need / 1e9:.2f} GB" in message
     size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     assert size == pytest.approx(need, rel=0.05)
 
 
-def test_a_full_disk_is_told_before_anything_is_encoded(frames, tmp_path, monkeypatch):
+def test_too_small_a_disk_is_an_error_before_anything_is_encoded(frames, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(ValueError, match="^--latent_cache .*: needs .* GB, 0.00 GB are free"):
-        make(tmp_path / "cache", frames)
+    with pytest.raises(
+        ValueError, match="^--latent_cache .*: needs .* GB, but only 0.00 GB are free"
+    ):
+        make_cache(tmp_path / "cache", frames)
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_clip_and_decoder_stay_on_the_cpu_and_come_to_the_device_only_to_render(pipe):
-    """With `meta` in the place of a GPU."""
+    """The device `meta` takes the place of a GPU."""
     gpu = torch.device("meta")
     loading.move_encoders(pipe, torch.float32, gpu, whole=False)
     modules = {"encoder": pipe.vae.encoder, "decoder": pipe.vae.decoder, "clip": pipe.image_encoder}
@@ -227,22 +239,19 @@ def test_clip_and_decoder_stay_on_the_cpu_and_come_to_the_device_only_to_render(
     assert sorted(moved[2:]) == [("clip", "cpu"), ("decoder", "cpu")]
 
 
-def test_a_video_that_cannot_be_read_does_not_hold_up_the_others(frames, tmp_path, caplog):
-    """It is named, not tried again, and in training another clip stands in for it."""
+def test_an_unreadable_video_does_not_stop_the_others(frames, tmp_path, caplog):
+    """It is named, it is not tried again, and training uses another clip in its place."""
     (frames / "fall0001" / "004.png").write_bytes(b"no picture")
-    folder = make(tmp_path / "cache", frames)
-    assert (
-        "004.png: cannot be read as a picture" in caplog.text
-        and "its video is left out" in caplog.text
-    )
+    folder = make_cache(tmp_path / "cache", frames)
+    assert "004.png: cannot be read as a picture" in caplog.text
+    assert "the video is left out" in caplog.text
     data = data_of(frames, folder)
     items = [data[i] for i in range(3)]
-    assert [item["failed"] for item in items].count(1) >= 1 and all(
-        "moments" in item for item in items
-    )
+    assert [item["failed"] for item in items].count(1) >= 1
+    assert all("moments" in item for item in items)
 
 
-def test_two_processes_share_the_work_and_forget_no_video(frames, tmp_path):
+def test_two_processes_share_the_videos_and_write_the_same_cache(frames, tmp_path):
     env = {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
@@ -256,8 +265,8 @@ def test_two_processes_share_the_work_and_forget_no_video(frames, tmp_path):
         command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "3 to do" in done.stderr and "2 process" in done.stderr
-    one = make(tmp_path / "one", frames)
+    assert "3 to encode" in done.stderr and "2 process" in done.stderr
+    one = make_cache(tmp_path / "one", frames)
     for file in one.glob("*.safetensors"):
         a, b = load_file(file), load_file(tmp_path / "two" / file.name)
         assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
@@ -266,17 +275,14 @@ def test_two_processes_share_the_work_and_forget_no_video(frames, tmp_path):
 def test_two_folders_with_a_video_of_one_name_are_an_error(frames, cached, tmp_path):
     shutil.copytree(frames, tmp_path / "other")
     with pytest.raises(
-        ValueError, match="^--latent_cache .*: two base folders hold a video named [^ ]+. Rename one"
+        ValueError,
+        match="^--latent_cache .*: two base folders hold a video named [^ ]+. Rename one",
     ):
-        open_dataset(
-            [frames, tmp_path / "other"], 64, 48, 8, 7, 127, "crop", cached=cached
-        )
+        open_dataset([frames, tmp_path / "other"], 64, 48, 8, 7, 127, "crop", cached=cached)
 
 
-def test_cache_json_says_what_it_was_made_with(cached):
-    told = json.loads((cached / latent_cache.DESCRIPTION_FILE).read_text())
-    assert {k: told[k] for k in ("width", "height", "resize_mode")} == {
-        "width": 64,
-        "height": 48,
-        "resize_mode": "crop",
-    }
+def test_cache_json_has_the_size_and_crop_of_the_cache(cached):
+    description = json.loads((cached / latent_cache.DESCRIPTION_FILE).read_text())
+    assert description["width"] == 64
+    assert description["height"] == 48
+    assert description["resize_mode"] == "crop"
