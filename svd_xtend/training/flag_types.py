@@ -123,24 +123,3 @@ def parse_float(text: str) -> float | None:
 def wrong_value(expected: str, text: str) -> argparse.ArgumentTypeError:
     """Return the error that argparse prints behind the name of the flag."""
     return argparse.ArgumentTypeError(f"expected {expected}; got {text}")
-
-
-def find_wrong_number(args: argparse.Namespace, least: dict[str, int]) -> str | None:
-    """Return an error message if a size, a frame rate or a count is out of range, else None.
-
-    least: {flag: the smallest value that it may have}. None as a value is never wrong.
-    """
-    for flag in ("width", "height"):
-        value = getattr(args, flag)
-        if value % 8 or value <= 0:
-            nearest = max(8, round(value / 8) * 8)
-            return f"--{flag} {value}: must be a multiple of 8; try {nearest}"
-    for flag, smallest in least.items():
-        value = getattr(args, flag, None)
-        if value is not None and value < smallest:
-            return f"--{flag} {value}: must be at least {smallest}"
-    for flag in ("fps", "source_fps"):
-        value = getattr(args, flag)
-        if value not in (None, "native") and not 0 < value < math.inf:
-            return f"--{flag} {value}: must be above 0"
-    return None
