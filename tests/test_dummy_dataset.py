@@ -97,7 +97,7 @@ def test_stray_files_and_short_clips_are_named_and_skipped(tmp_path, caplog):
     assert (
         "notes.xyz: is no picture, video or folder" in caplog.text and "DS_Store" not in caplog.text
     )
-    assert "short: too short, 1 frame(s) at 7 a second; 3 at 7 take 0.286 s" in caplog.text
+    assert "short: too short, 1 frame(s) at 7 per second; 3 at 7 take 0.286 s" in caplog.text
     assert data[0]["pixel_values"].max() == 9
 
 

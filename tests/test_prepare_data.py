@@ -211,7 +211,7 @@ def test_public_annotations_become_the_projects_own(tmp_path):
     asked = annotations.read_tracklets(tmp_path / "walk.txt", (200, 100))["walk"]
     np.testing.assert_allclose(found.boxes, asked.boxes, atol=1e-4)
     assert found.ids == asked.ids == ("7",)
-    with pytest.raises(ValueError, match="does not tell the pictures' size"):
+    with pytest.raises(ValueError, match="does not contain the size of the pictures"):
         call("tracklets", tmp_path / "walk.txt", tmp_path / "out")
 
 
