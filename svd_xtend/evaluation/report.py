@@ -1,10 +1,14 @@
-"""One page that shows a run: what it renders beside what it began with and what is true, whether it learned, how it was run.
+"""Write report.html, one page that shows a training run.
 
-    python -m svd_xtend.evaluation.report outputs/lora          # at any time, of a run that goes on, too; trainers write it at their end
+    python -m svd_xtend.evaluation.report outputs/lora      # at any time, also while the run goes on
 
-<output_dir>/report.html holds all of it: it opens without a network, anywhere, and can be sent to anyone. What a run does not
-have, its page leaves out. Next: report_template.html, what it looks like.
+Trainers write the page when they finish. It shows the rendered videos beside the ground truth, the
+training curves, the validation loss, metrics if evaluate_svd.py was run, and the command. Everything is
+inside the file, so it opens without a network and can be sent to anyone. What a run does not have, such as
+a validation set, the page leaves out. report_template.html is its layout.
 """
+
+from __future__ import annotations
 
 import argparse
 import base64
@@ -14,7 +18,11 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -24,396 +32,642 @@ from svd_xtend.data import images
 from svd_xtend.data.clip import find_continuation, load_picture
 from svd_xtend.training import run_record, validation_loss
 
+if TYPE_CHECKING:
+    import jinja2
+    from matplotlib.axes import Axes
+
 logger = logging.getLogger("svd_xtend")
 
-MAX_VIDEO_CHARACTERS = 4_000_000  # characters of all videos together; a page stays under 6 MB
-# pixels of a frame's width, and WebP's quality; the first that fits
-SIZES = ((384, 80), (320, 75), (256, 70), (192, 60), (128, 50))
-IMAGES, STEPS = 8, 12  # shown of more: the first ones, evenly many
-POINTS = 300  # of a curve
-COLORS = {  # in the plots, each as what the page's style sheet, in light and dark, makes of it
-    "ink": "#010203", "faint": "#040506", "line": "#070809", "blue": "#0a0b0c", "orange": "#0d0e0f", "green": "#101112",
-    "sigma0": "#131415", "sigma1": "#161718", "sigma2": "#191a1b", "sigma3": "#1c1d1e", "sigma4": "#1f2021",
-}  # fmt: skip
-STYLE = {
-    "svg.fonttype": "none", "font.size": 9, "text.color": COLORS["ink"], "axes.labelcolor": COLORS["faint"],
-    "axes.edgecolor": COLORS["line"], "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
-    "xtick.color": COLORS["line"], "ytick.color": COLORS["line"], "xtick.labelcolor": COLORS["faint"],
-    "ytick.labelcolor": COLORS["faint"], "axes.grid": True, "grid.color": COLORS["line"], "grid.linewidth": 0.4,
-    "legend.frameon": False, "legend.labelcolor": COLORS["faint"], "axes.formatter.useoffset": False,
-}  # fmt: skip
+MAX_VIDEO_CHARACTERS = 4_000_000  # of all videos together, in base64; the page stays under 6 MB
+SHEET_SIZES = (  # (width of a frame in pixels, quality of WebP); the first that fits is used
+    (384, 80),
+    (320, 75),
+    (256, 70),
+    (192, 60),
+    (128, 50),
+)
+MAX_IMAGES = 8  # validation images that are shown
+MAX_STEPS = 12  # validations that are shown of each
+DEFAULT_FPS = 7.0  # of a video whose frame rate is not recorded
+MAX_POINTS = 300  # of a curve
+SMOOTHED_POINTS = 20  # of the smoothed training loss
+MIN_STEPS_TO_SMOOTH = 40
+
+# Placeholders in the plots. draw_svg replaces them with variables of the page's style sheet, so that the
+# plots follow its light and dark scheme.
+COLORS = {
+    "ink": "#010203",
+    "faint": "#040506",
+    "line": "#070809",
+    "blue": "#0a0b0c",
+    "orange": "#0d0e0f",
+    "sigma0": "#131415",
+    "sigma1": "#161718",
+    "sigma2": "#191a1b",
+    "sigma3": "#1c1d1e",
+    "sigma4": "#1f2021",
+}
+NUM_SIGMA_COLORS = 5
+PLOT_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": COLORS["ink"],
+    "axes.labelcolor": COLORS["faint"],
+    "axes.edgecolor": COLORS["line"],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": COLORS["line"],
+    "ytick.color": COLORS["line"],
+    "xtick.labelcolor": COLORS["faint"],
+    "ytick.labelcolor": COLORS["faint"],
+    "axes.grid": True,
+    "grid.color": COLORS["line"],
+    "grid.linewidth": 0.4,
+    "legend.frameon": False,
+    "legend.labelcolor": COLORS["faint"],
+    "axes.formatter.useoffset": False,
+}
 
 
-# --------------------------------------------------------------------------------------------------------------- videos
+# -------------------------------------------------------------------------------------------------------------- videos
 
 
-def rendered(output_dir):
-    """{name: {step: mp4}} of all that validations wrote."""
-    found = {}
-    for file in sorted(Path(output_dir, "validation").glob("step*.mp4"), key=images.natural_key):
-        if match := re.fullmatch(r"step(\d+)_(.+)", file.stem):
-            found.setdefault(match[2], {})[int(match[1])] = file
-    return found
+@dataclass
+class Reference:
+    """What a validation image is compared with. Frames are None if their file is gone."""
+
+    fps: float = DEFAULT_FPS
+    first_frame: Image.Image | None = None
+    ground_truth: list[Image.Image] | None = None
 
 
-def few(found):
-    """At most IMAGES of these, of at most STEPS."""
-    found = dict(list(found.items())[:IMAGES])
-    steps = sorted({step for files in found.values() for step in files})
-    kept = {
-        steps[i] for i in np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)
-    }
-    return {
-        name: {step: file for step, file in files.items() if step in kept}
-        for name, files in found.items()
-    }
+def find_videos(output_dir: str | Path) -> dict[str, dict[int, Path]]:
+    """Find the videos that validations rendered: {name of the image: {step: mp4}}."""
+    videos: dict[str, dict[int, Path]] = {}
+    files = Path(output_dir, "validation").glob("step*.mp4")
+    for file in sorted(files, key=images.natural_key):
+        match = re.fullmatch(r"step(\d+)_(.+)", file.stem)
+        if match:
+            step, name = int(match[1]), match[2]
+            videos.setdefault(name, {})[step] = file
+    return videos
 
 
-def beside(args):
-    """({name: (fps, the picture to animate or None, its true continuation or None)} of each validation image, paths of those that
-    cannot be read any more)."""
-    told, gone = {}, []
-    for path, own in zip(args.get("validation_image") or [], args.get("validation") or []):
-        size, image, true = (args["width"], args["height"], args["resize_mode"]), None, None
+def select_videos(videos: dict[str, dict[int, Path]]) -> dict[str, dict[int, Path]]:
+    """Select the first MAX_IMAGES images, and MAX_STEPS evenly spread steps, the first and last among them."""
+    selected = dict(list(videos.items())[:MAX_IMAGES])
+    steps = sorted({step for files in selected.values() for step in files})
+    count = min(MAX_STEPS, len(steps))
+    kept = {steps[i] for i in np.linspace(0, len(steps) - 1, count).round().astype(int)}
+    for name, files in selected.items():
+        selected[name] = {step: file for step, file in files.items() if step in kept}
+    return selected
+
+
+def load_references(args: dict[str, Any]) -> tuple[dict[str, Reference], list[str]]:
+    """Load the reference of each validation image.
+
+    Returns ({name of the image: Reference}, paths that cannot be read, for instance because they were
+    deleted after the run).
+    """
+    references = {}
+    missing = []
+    for path, metadata in zip(args.get("validation_image") or [], args.get("validation") or []):
+        reference = Reference(fps=metadata["fps"])
         try:
-            image = [load_picture(path, *size)]
-            clip = (
-                own["clip"] and find_continuation(path, [Path(own["clip"]).parent], own["fps"])[0]
+            reference.first_frame = load_picture(
+                path, args["width"], args["height"], args["resize_mode"]
             )
-            if clip and own["frames"][-1] < len(clip):
-                true = [Image.fromarray(frame) for frame in clip.read(own["frames"], *size)]
-        except (ValueError, OSError) as error:  # it has gone since
+            reference.ground_truth = read_ground_truth(path, metadata, args)
+        except (ValueError, OSError) as error:
             logger.warning("%s; the page leaves it out", error)
-            gone.append(path)
-        told[images.clip_name(path)] = own["fps"], image, true
-    return told, gone
+            missing.append(path)
+        references[images.clip_name(path)] = reference
+    return references, missing
 
 
-def readable(file):
-    """Frames of an mp4, or None where it is damaged, or being written."""
+def read_ground_truth(
+    path: str, metadata: dict[str, Any], args: dict[str, Any]
+) -> list[Image.Image] | None:
+    """Read the frames that follow a validation image in its source video; None if there are too few."""
+    if not metadata["clip"]:
+        return None
+    found = find_continuation(path, [Path(metadata["clip"]).parent], metadata["fps"])
+    if found is None:
+        return None
+    clip, _ = found
+    if metadata["frames"][-1] >= len(clip):
+        return None
+    frames = clip.read(metadata["frames"], args["width"], args["height"], args["resize_mode"])
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def read_frames(file: Path) -> list[Image.Image] | None:
+    """Read all frames of an mp4; None if it is damaged, or still being written."""
     try:
         return images.read_video(file) or None
     except (OSError, ValueError) as error:
         logger.warning("%s: cannot be read (%s); the page leaves it out", file, error)
+        return None
 
 
-def sheet(frames, width, quality):
-    """All frames in one WebP: {uri, count, columns, width, height of each}."""
+def make_sheet(frames: Sequence[Image.Image], width: int, quality: int) -> dict[str, Any]:
+    """Put all frames into one WebP, row by row.
+
+    Returns {"uri": data URI, "count": frames, "columns", and the "width" and "height" of a frame}.
+    """
     width = min(width, frames[0].width)
     height = max(round(frames[0].height * width / frames[0].width), 1)
     columns = math.ceil(len(frames) ** 0.5)
-    canvas = Image.new("RGB", (columns * width, math.ceil(len(frames) / columns) * height))
+    rows = math.ceil(len(frames) / columns)
+    canvas = Image.new("RGB", (columns * width, rows * height))
     for i, frame in enumerate(frames):
-        canvas.paste(
-            frame.convert("RGB").resize((width, height)),
-            (i % columns * width, i // columns * height),
-        )
+        row, column = divmod(i, columns)
+        small = frame.convert("RGB").resize((width, height))
+        canvas.paste(small, (column * width, row * height))
     content = io.BytesIO()
     canvas.save(content, "WEBP", quality=quality)
     uri = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
     return {"uri": uri, "count": len(frames), "columns": columns, "width": width, "height": height}
 
 
-def players(output_dir, args):
-    """What the page plays: {steps, clips: [{name, fps, init, truth, steps: sheets}], left_out: files that are not shown,
-    gone: pictures that are not where they were}."""
-    everything, (told, gone) = rendered(output_dir), beside(args)
-    found = few(everything)
-    last = [frames for files in found.values() if files and (frames := readable(files[max(files)]))]
-    sheets = sum(map(len, found.values())) + 2 * len(found)
-    for size in SIZES:
-        if (
-            sum(len(sheet(frames, *size)["uri"]) for frames in last) / max(len(last), 1) * sheets
-            <= MAX_VIDEO_CHARACTERS
-        ):
-            break
-    shown = []
-    for name, files in tqdm(found.items(), desc="report.html", leave=False, delay=2):
-        fps, image, true = told.get(name, (7, None, None))
-        own = {s: sheet(frames, *size) for s, file in files.items() if (frames := readable(file))}
-        init, truth = (
-            frames and sheet([images.enlarge(f) for f in frames], *size) for frames in (image, true)
+def choose_sheet_size(videos: dict[str, dict[int, Path]]) -> tuple[int, int]:
+    """Choose (width, quality) so that all sheets fit the page, judged by the last video of each image."""
+    last_videos = []
+    for files in videos.values():
+        if files:
+            frames = read_frames(files[max(files)])
+            if frames:
+                last_videos.append(frames)
+    num_sheets = sum(len(files) for files in videos.values())
+    num_sheets += 2 * len(videos)  # first frame and ground truth
+    for size in SHEET_SIZES:
+        characters = sum(len(make_sheet(frames, *size)["uri"]) for frames in last_videos)
+        if characters / max(len(last_videos), 1) * num_sheets <= MAX_VIDEO_CHARACTERS:
+            return size
+    return SHEET_SIZES[-1]
+
+
+def make_players(output_dir: str | Path, args: dict[str, Any]) -> dict[str, Any]:
+    """Prepare what the page plays.
+
+    Returns {"steps": steps that are shown; "clips": [{"name", "fps", "first_frame": sheet or None,
+    "ground_truth": sheet or None, "steps": [a sheet or None for each step]}]; "left_out": number of videos
+    that are not shown; "missing": paths of validation images that cannot be read}.
+    """
+    all_videos = find_videos(output_dir)
+    references, missing = load_references(args)
+    videos = select_videos(all_videos)
+    size = choose_sheet_size(videos)
+    clips = []
+    for name, files in tqdm(videos.items(), desc="report.html", leave=False, delay=2):
+        reference = references.get(name, Reference())
+        sheets = {}
+        for step, file in files.items():
+            frames = read_frames(file)
+            if frames:
+                sheets[step] = make_sheet(frames, *size)
+        first_frame = None
+        if reference.first_frame:
+            first_frame = make_sheet([images.enlarge(reference.first_frame)], *size)
+        ground_truth = None
+        if reference.ground_truth:
+            enlarged = [images.enlarge(frame) for frame in reference.ground_truth]
+            ground_truth = make_sheet(enlarged, *size)
+        clips.append(
+            {
+                "name": name,
+                "fps": reference.fps,
+                "first_frame": first_frame,
+                "ground_truth": ground_truth,
+                "sheets": sheets,
+            }
         )
-        shown.append({"name": name, "fps": fps, "init": init, "truth": truth, "steps": own})
-    steps = sorted({step for clip in shown for step in clip["steps"]})
-    while (
-        len(steps) > 2 and weight(shown, steps) > MAX_VIDEO_CHARACTERS
-    ):  # dearer than the last ones promised
-        steps = [*steps[:-1:2], steps[-1]]
-    for clip in shown:
-        clip["steps"] = [clip["steps"].get(step) for step in steps]
-    count, played = (
-        sum(map(len, everything.values())),
-        sum(bool(sheet) for clip in shown for sheet in clip["steps"]),
-    )
-    return {"steps": steps, "clips": shown, "left_out": count - played, "gone": gone}
+    steps = thin_out_steps(clips)
+    for clip in clips:
+        sheets = clip.pop("sheets")
+        clip["steps"] = [sheets.get(step) for step in steps]
+    num_videos = sum(len(files) for files in all_videos.values())
+    num_shown = sum(sheet is not None for clip in clips for sheet in clip["steps"])
+    return {
+        "steps": steps,
+        "clips": clips,
+        "left_out": num_videos - num_shown,
+        "missing": missing,
+    }
 
 
-def weight(shown, steps):
-    """Characters of all sheets of these steps."""
-    sheets = [
-        sheet
-        for clip in shown
-        for sheet in (clip["init"], clip["truth"], *map(clip["steps"].get, steps))
-    ]
-    return sum(len(sheet["uri"]) for sheet in sheets if sheet)
+def thin_out_steps(clips: Sequence[dict[str, Any]]) -> list[int]:
+    """Return the steps to show: every second one is dropped until the sheets fit the page.
+
+    The size of the sheets was chosen by the last video of each image, which may be smaller than others.
+    """
+    steps = sorted({step for clip in clips for step in clip["sheets"]})
+    while len(steps) > 2 and count_characters(clips, steps) > MAX_VIDEO_CHARACTERS:
+        last = steps[-1]
+        steps = [*steps[:-1:2], last]
+    return steps
 
 
-# ---------------------------------------------------------------------------------------------------------------- plots
+def count_characters(clips: Iterable[dict[str, Any]], steps: Iterable[int]) -> int:
+    """Count the characters of the references and of the sheets at these steps."""
+    total = 0
+    for clip in clips:
+        at_steps = [clip["sheets"].get(step) for step in steps]
+        for sheet in (clip["first_frame"], clip["ground_truth"], *at_steps):
+            if sheet:
+                total += len(sheet["uri"])
+    return total
 
 
-def binned(steps, values, count=POINTS):
-    """At most so many points of a curve: means of neighbours."""
+# --------------------------------------------------------------------------------------------------------------- plots
+
+
+def average_neighbours(
+    steps: Sequence[int], values: Sequence[float], count: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a curve to at most `count` points, each the mean of neighbours."""
     parts = np.array_split(np.arange(len(steps)), min(count, len(steps)))
-    return [
-        np.array([np.mean(np.asarray(v, float)[part]) for part in parts]) for v in (steps, values)
-    ]
+    step_array = np.asarray(steps, float)
+    value_array = np.asarray(values, float)
+    mean_steps = np.array([np.mean(step_array[part]) for part in parts])
+    mean_values = np.array([np.mean(value_array[part]) for part in parts])
+    return mean_steps, mean_values
 
 
-def svg(title, draw, least=None):
-    """{title, svg} of a plot. draw(ax) puts the curves in; least: where the axis begins."""
+def draw_svg(
+    title: str, plot: Callable[[Axes], None], ylabel: str = "", from_zero: bool = False
+) -> dict[str, str]:
+    """Draw a plot over training steps: {"title", "svg"}.
+
+    plot(axes) draws the curves. from_zero: the vertical axis begins at 0.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    text = io.StringIO()
-    with matplotlib.rc_context(
-        {**STYLE, "svg.hashsalt": title}
-    ):  # salted: pages hold several, with ids of their own
+    # A page holds several plots, and their SVG ids must differ: the title is the salt.
+    style: Any = {**PLOT_STYLE, "svg.hashsalt": title}
+    content = io.StringIO()
+    with matplotlib.rc_context(style):
         figure = Figure((4.6, 2.7), layout="constrained")
         figure.patch.set_visible(False)
-        ax = figure.add_subplot(xlabel="step")
-        ax.patch.set_visible(False)
-        draw(ax)
-        ax.set_ylim(bottom=least)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    picture = re.sub(
-        r"<metadata>.*?</metadata>",
-        "",
-        text.getvalue()[text.getvalue().index("<svg") :],
-        flags=re.S,
-    )
+        axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
+        axes.patch.set_visible(False)
+        plot(axes)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        locator: Any = axes.xaxis.get_major_locator()
+        locator.set_params(integer=True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    text = content.getvalue()
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     for name, color in COLORS.items():
-        picture = picture.replace(color, f"var(--{name})")
-    return {"title": title, "svg": picture}
+        svg = svg.replace(color, f"var(--{name})")
+    return {"title": title, "svg": svg}
 
 
-def plots(metrics, held, motion):
-    """The curves of a run, those that it has."""
-    made, metrics = [], [row for row in metrics if row["step"]]
+def draw_plots(
+    metrics: Sequence[dict[str, Any]],
+    validation_rows: Sequence[dict[str, Any]],
+    motion: Sequence[dict[str, Any]],
+) -> list[dict[str, str]]:
+    """Draw those plots that the run has data for: [{"title", "svg"}].
+
+    The arguments are the rows of metrics.jsonl, held_out.jsonl and motion.jsonl.
+    """
+    plots = []
+    metrics = [row for row in metrics if row["step"]]
     if metrics:
-        made.append(svg("Training loss", lambda ax: draw_loss(ax, metrics)))
-    if len(held) > 1:
-        made.append(
-            svg("Held-out loss less that of the start", lambda ax: draw_difference(ax, held))
+        plots.append(draw_svg("Training loss", partial(plot_training_loss, metrics=metrics)))
+    if len(validation_rows) > 1:
+        plots.append(
+            draw_svg(
+                "Validation loss vs base model",
+                partial(plot_validation_loss, rows=validation_rows),
+                ylabel="difference",
+            )
         )
-        made.append(
-            svg("The same by noise level, % of the start's", lambda ax: draw_by_sigma(ax, held))
+        plots.append(
+            draw_svg(
+                "Validation loss by noise level",
+                partial(plot_loss_by_sigma, rows=validation_rows),
+                ylabel="difference, % of base model",
+            )
         )
     if motion:
-        made.append(
-            svg("Motion, picture lengths a second", lambda ax: draw_motion(ax, motion), least=0)
-        )
-    for key, title in (("s/step", "Seconds a step"), ("peak_GiB", "Peak memory, GiB")):
-        rows = [(row["step"], row[key]) for row in metrics if key in row]
-        if rows:
-            points = binned(*zip(*rows))
-            made.append(
-                svg(
-                    title, lambda ax, points=points: ax.plot(*points, color=COLORS["blue"]), least=0
-                )
+        plots.append(
+            draw_svg(
+                "Motion of rendered clips",
+                partial(plot_rendered_motion, rows=motion),
+                ylabel="frame lengths per second",
+                from_zero=True,
             )
-    return made
+        )
+    for key, title in (("s/step", "Seconds per step"), ("peak_GiB", "Peak memory, GiB")):
+        rows = [row for row in metrics if key in row]
+        if rows:
+            steps, values = average_neighbours(
+                [row["step"] for row in rows], [row[key] for row in rows]
+            )
+            plots.append(
+                draw_svg(title, partial(plot_curve, steps=steps, values=values), from_zero=True)
+            )
+    return plots
 
 
-def draw_loss(ax, metrics):
+def plot_curve(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    """Plot one curve without a legend."""
+    axes.plot(steps, values, color=COLORS["blue"])
+
+
+def plot_training_loss(axes: Axes, metrics: Sequence[dict[str, Any]]) -> None:
+    """Plot the loss of each step, and its smoothed curve if there are enough steps."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    steps, losses = [row["step"] for row in metrics], [row["loss"] for row in metrics]
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.plot(
-        *binned(steps, losses), color=COLORS["blue"], lw=0.8, alpha=0.35 if len(steps) >= 40 else 1
+    steps = [row["step"] for row in metrics]
+    losses = [row["loss"] for row in metrics]
+    is_smoothed = len(steps) >= MIN_STEPS_TO_SMOOTH
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.plot(
+        *average_neighbours(steps, losses),
+        color=COLORS["blue"],
+        lw=0.8,
+        alpha=0.35 if is_smoothed else 1,
     )
-    if len(steps) >= 40:
-        ax.plot(
-            *binned(steps, losses, 20),
+    if is_smoothed:
+        axes.plot(
+            *average_neighbours(steps, losses, SMOOTHED_POINTS),
             color=COLORS["blue"],
             lw=2,
-            label=f"means of {len(steps) / 20:.0f} steps",
+            label=f"mean of {len(steps) / SMOOTHED_POINTS:.0f} steps",
         )
 
 
-def draw_difference(ax, held):
-    steps = [row["step"] for row in held]
-    ax.axhline(0, color=COLORS["faint"], lw=1)
-    for name, label, color in (("raw", "as trained", "blue"), ("ema", "moving averages", "orange")):
-        rows = [row[name]["difference"] for row in held if name in row]
-        if len(rows) == len(steps):
-            mean, low, high = (
-                np.array([row[k] if row[k] is not None else row[0] for row in rows])
-                for k in range(3)
-            )
-            ax.plot(steps, mean, color=COLORS[color], marker="o", ms=3, lw=2, label=label)
-            ax.fill_between(steps, low, high, color=COLORS[color], alpha=0.2, lw=0)
+def plot_validation_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot validation loss minus the base model's, with its confidence interval, by step."""
+    steps = [row["step"] for row in rows]
+    axes.axhline(0, color=COLORS["faint"], lw=1)
+    curves = (("raw", "trained weights", "blue"), ("ema", "EMA weights", "orange"))
+    for name, label, color in curves:
+        differences = [row[name]["difference"] for row in rows if name in row]
+        if len(differences) < len(steps):
+            continue
+        # the interval of one source video has no ends
+        mean = np.array([difference[0] for difference in differences])
+        low = np.array([d[0] if d[1] is None else d[1] for d in differences])
+        high = np.array([d[0] if d[2] is None else d[2] for d in differences])
+        axes.plot(steps, mean, color=COLORS[color], marker="o", ms=3, lw=2, label=label)
+        axes.fill_between(steps, low, high, color=COLORS[color], alpha=0.2, lw=0)
 
 
-def draw_by_sigma(ax, held):
-    told, steps = trained_rows(held), [row["step"] for row in held]
-    ax.axhline(0, color=COLORS["faint"], lw=1)
-    for i, sigma in enumerate(told[0]["sigma"]):
-        change = [100 * (row["loss"][i] / row["base"][i] - 1) for row in told]
-        ax.plot(
+def plot_loss_by_sigma(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the change of the validation loss at each noise level, in percent of the base model's."""
+    steps = [row["step"] for row in rows]
+    exported = exported_rows(rows)
+    axes.axhline(0, color=COLORS["faint"], lw=1)
+    for i, sigma in enumerate(exported[0]["sigma"]):
+        change = [100 * (row["loss"][i] / row["base"][i] - 1) for row in exported]
+        axes.plot(
             steps,
             change,
-            color=COLORS[f"sigma{i % 5}"],
+            color=COLORS[f"sigma{i % NUM_SIGMA_COLORS}"],
             marker="o",
             ms=3,
             label=f"sigma {sigma:.3g}",
         )
 
 
-def draw_motion(ax, motion):
-    for key, label, color in (("motion", "rendered", "blue"), ("motion_truth", "true", "orange")):
-        rows = [(row["step"], row[key]) for row in motion if key in row]
-        if rows:
-            ax.plot(*zip(*rows), color=COLORS[color], marker="o", ms=3, lw=2, label=label)
+def plot_rendered_motion(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the motion of the rendered clips and of their ground truth by step."""
+    curves = (("motion", "rendered", "blue"), ("motion_truth", "ground truth", "orange"))
+    for key, label, color in curves:
+        steps = [row["step"] for row in rows if key in row]
+        values = [row[key] for row in rows if key in row]
+        if steps:
+            axes.plot(steps, values, color=COLORS[color], marker="o", ms=3, lw=2, label=label)
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------------- verdict
 
 
-def trained_rows(held):
-    """Of rows of held_out.jsonl what they say of what is exported: of the moving averages where there are any."""
-    return [row.get("ema", row["raw"]) for row in held]
+def exported_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the losses of the weights that are exported, the EMA weights if there are any.
+
+    rows: of held_out.jsonl.
+    """
+    return [row.get("ema", row["raw"]) for row in rows]
 
 
-def verdict(held, args):
-    """(good, bad or open, a sentence): did it learn?"""
-    if len(held) < 2 and not (args.get("validation_folder") or args.get("validation_ratio")):
-        told = "pass --validation_folder or --validation_ratio to hold clips out"
-        return "open", f"Whether it learned is not known: {told}."
-    if len(held) < 2:
-        told = (
-            "there was no validation since the start"
-            if args.get("validation_steps")
-            else "--validation_steps=0"
-        )
-        return "open", f"Whether it learned is not known yet: clips are held out, but {told}."
-    row = trained_rows(held)[-1]
-    mean, low, high = row["difference"]
-    share = f"{abs(mean) / np.mean(row['base']):.1%} {'below' if mean < 0 else 'above'} that of the start"
-    where = f"On {validation_loss.count_in_words(row['clips'], row.get('films'))} that nothing was trained on the loss is {share}"
-    ends = f"by {mean:+.3g}, 95 % interval {low:+.3g} to {high:+.3g}" if low is not None else ""
-    if not any(map(any, (row["difference"], *row["by_sigma"]))):
+def judge_run(rows: Sequence[dict[str, Any]], args: dict[str, Any]) -> tuple[str, str]:
+    """Judge whether a run learned: ("good", "bad" or "open", a sentence).
+
+    rows: comparable rows of held_out.jsonl. A run learned if the confidence interval of its validation
+    loss minus the base model's lies below 0.
+    """
+    has_validation_set = args.get("validation_folder") or args.get("validation_ratio")
+    if len(rows) < 2 and not has_validation_set:
         return (
             "open",
-            "Nothing was learned: on the held-out clips the loss is exactly that of the start.",
+            "There is no validation set, so it is unknown whether the run learned. "
+            "Pass --validation_folder or --validation_ratio.",
         )
+    if len(rows) < 2:
+        reason = "no validation has run since training began"
+        if not args.get("validation_steps"):
+            reason = "--validation_steps is 0"
+        return "open", f"It is not known yet whether the run learned: {reason}."
+    row = exported_rows(rows)[-1]
+    mean, low, high = row["difference"]
+    intervals = (row["difference"], *row["by_sigma"])
+    if not any(any(interval) for interval in intervals):
+        return (
+            "open",
+            "Nothing was learned: the validation loss is exactly that of the base model.",
+        )
+    percent = f"{abs(mean) / np.mean(row['base']):.1%}"
+    direction = "below" if mean < 0 else "above"
+    count = validation_loss.count_in_words(row["clips"], row.get("films"))
+    comparison = f"The validation loss is {percent} {direction} the base model's on {count}"
     if low is None:
-        return "open", f"{where}; one film cannot tell whether that is more than chance."
+        return (
+            "open",
+            f"{comparison}. There is only one source video, so there is no confidence interval, and "
+            "this may be chance.",
+        )
+    interval = f"95 % confidence interval {low:+.3g} to {high:+.3g}"
     if high < 0:
-        return "good", f"It learned. {where} ({ends})."
+        return "good", f"It learned. {comparison} (difference {mean:+.3g}, {interval})."
     if low > 0:
-        advice = "Train for fewer steps, on more clips, or at a lower learning rate"
-        return "bad", f"It got worse. {where} ({ends}). {advice}."
-    return "open", f"Not told apart from its start. {where}, but {ends} holds 0."
+        return (
+            "bad",
+            f"It got worse. {comparison} (difference {mean:+.3g}, {interval}). "
+            "Train for fewer steps, on more clips, or at a lower learning rate.",
+        )
+    return (
+        "open",
+        f"No clear difference from the base model. {comparison} (difference {mean:+.3g}), but the "
+        f"{interval} contains 0.",
+    )
 
 
-def number(value):
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+@dataclass
+class RunFacts:
+    """The content of a run's files, as templates use it."""
+
+    args: dict[str, Any]  # args.json
+    metrics: list[dict[str, Any]]  # metrics.jsonl
+    validation_rows: list[
+        dict[str, Any]
+    ]  # held_out.jsonl, those that can be compared with the last
+    validation: dict[str, Any] | None  # losses of the exported weights at the last validation
+    validation_step: int | None
+    motion: list[dict[str, Any]]  # motion.jsonl
+    verdict_kind: str
+    verdict: str
+    evaluation: dict[str, Any] | None  # evaluation/evaluation.json
+    start: dict[str, Any] | None  # the last entry of run.json
+    num_starts: int
+
+
+def read_run(output_dir: str | Path) -> RunFacts:
+    """Read the files of a run. Raises ValueError if there is no args.json, or a file is damaged."""
+    folder = Path(output_dir)
+    args = read_json_file(folder / "args.json")
+    if args is None:
+        raise ValueError(f"{folder}: no args.json in it; pass the --output_dir of a training run")
+    validation_rows = validation_loss.comparable_rows(
+        run_record.read_rows(folder / "held_out.jsonl")
+    )
+    validation = None
+    validation_step = None
+    if validation_rows:
+        validation_step = validation_rows[-1]["step"]
+    if len(validation_rows) > 1:
+        validation = exported_rows(validation_rows)[-1]
+    starts = run_record.read_starts(folder)
+    verdict_kind, verdict = judge_run(validation_rows, args)
+    return RunFacts(
+        args=args,
+        metrics=run_record.read_rows(folder / "metrics.jsonl"),
+        validation_rows=validation_rows,
+        validation=validation,
+        validation_step=validation_step,
+        motion=run_record.read_rows(folder / "motion.jsonl"),
+        verdict_kind=verdict_kind,
+        verdict=verdict,
+        evaluation=read_json_file(folder / "evaluation" / "evaluation.json"),
+        start=starts[-1] if starts else None,
+        num_starts=len(starts),
+    )
+
+
+def read_json_file(file: Path) -> dict[str, Any] | None:
+    """Read a JSON file; None if there is no such file. Raises ValueError with its path if it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); delete it, or write it again") from error
+
+
+def describe_page(folder: Path) -> dict[str, Any]:
+    """Return the variables of report_template.html for a run."""
+    run = read_run(folder)
+    start = run.start or {}
+    return {
+        **vars(run),
+        "name": folder.resolve().name,
+        "start": start,
+        "summary": summarize_run(run, start),
+        "players": make_players(folder, run.args),
+        "plots": draw_plots(run.metrics, run.validation_rows, run.motion),
+        "motion_png": embed_png(folder / "motion.png"),
+        "flags": format_flags(run.args),
+    }
+
+
+def summarize_run(run: RunFacts, start: dict[str, Any]) -> list[str]:
+    """Return a few facts for the head of the page: step, size, time, device."""
+    last_step = run.metrics[-1]["step"] if run.metrics else 0
+    max_steps = run.args["max_train_steps"]
+    progress = f"step {last_step}"
+    if last_step != max_steps:
+        progress += f" of {max_steps}"
+    size = f"{run.args['width']}x{run.args['height']}"
+    facts = [progress, f"{run.args['num_frames']} frames of {size}"]
+    if run.metrics:
+        seconds = sum(row["s/step"] for row in run.metrics)
+        facts.append(f"{format_duration(seconds)} of training")
+    facts += start.get("device", "").splitlines()
+    return facts
+
+
+def format_flags(args: dict[str, Any]) -> dict[str, str]:
+    """Return the flags of a run that have a value, as text."""
+    flags = {}
+    for name, value in args.items():
+        if name == "validation" or value in (None, [], False):
+            continue
+        flags[name] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return flags
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def format_number(value: float | None) -> str:
+    """Format a number with four digits; "" for None."""
     return "" if value is None else f"{value:.4g}"
 
 
-def short(value):
-    """A flag's value for the page."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def embed_png(file: Path) -> str | None:
+    """Return a PNG as a data URI; None if there is no such file."""
+    if not file.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
-def spent(metrics):
-    """Time of all steps, in words."""
-    seconds = sum(row["s/step"] for row in metrics)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-# ---------------------------------------------------------------------------------------------------------------- write
-
-
-def read_json(file):
-    """What a file holds, None where it is not there. Raises ValueError with its path where it is damaged."""
-    try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{file}: is damaged ({error}); remove it, or make it anew") from error
-
-
-def read_run_facts(output_dir):
-    """What the files of a run say of it, as they are. Raises ValueError where there are none, or one is damaged."""
-    folder = Path(output_dir)
-    args = read_json(folder / "args.json")
-    if args is None:
-        raise ValueError(f"{folder}: holds no args.json; pass the --output_dir of a run")
-    metrics, held, motion = (
-        run_record.read_rows(folder / f"{name}.jsonl") for name in ("metrics", "held_out", "motion")
-    )
-    held, starts = validation_loss.comparable_rows(held), run_record.read_starts(folder)
-    kind, sentence = verdict(held, args)
-    return {
-        "args": args, "metrics": metrics, "held_rows": held, "held": trained_rows(held)[-1] if len(held) > 1 else None,
-        "held_step": held[-1]["step"] if held else None, "motion": motion, "kind": kind, "verdict": sentence,
-        "evaluation": read_json(folder / "evaluation" / "evaluation.json"), "start": (starts or [None])[-1], "starts": len(starts),
-    }  # fmt: skip
-
-
-def list_contents(folder):
-    """What the page shows of a run."""
-    told = read_run_facts(folder)
-    args, metrics, start = told["args"], told["metrics"], told["start"] or {}
-    step, steps = (metrics[-1]["step"] if metrics else 0), args["max_train_steps"]
-    facts = [
-        f"step {step}" + f" of {steps}" * (step != steps),
-        f"{args['num_frames']} frames of {args['width']}x{args['height']}",
-        *[f"{spent(metrics)} of training"] * bool(metrics), *start.get("device", "").splitlines(),
-    ]  # fmt: skip
-    flags = {
-        k: short(v)
-        for k, v in args.items()
-        if k not in ("hub_token", "validation") and v not in (None, [], False)
-    }
-    return {
-        **told, "how_many": validation_loss.count_in_words, "name": folder.resolve().name, "facts": facts, "start": start, "players": players(folder, args), "flags": flags,
-        "plots": plots(metrics, told["held_rows"], told["motion"]), "motion_png": embed_picture(folder / "motion.png"),
-    }  # fmt: skip
-
-
-def embed_picture(file):
-    """A PNG as a data URI, or None."""
-    return (
-        "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-        if file.is_file()
-        else None
-    )
-
-
-def load_template(name):
-    """One of the templates beside this file, with what they write figures by."""
+def load_template(name: str) -> jinja2.Template:
+    """Load a template of this folder, with filters and functions that format numbers."""
     import jinja2
 
-    found = jinja2.FileSystemLoader(Path(__file__).parent)
-    pages = jinja2.Environment(loader=found, autoescape=name.endswith("html"), trim_blocks=True)
-    pages.filters |= {"number": number, "with_ends": validation_loss.format_interval}
-    return pages.get_template(name)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith("html"),
+        trim_blocks=True,
+    )
+    environment.filters["number"] = format_number
+    environment.filters["interval"] = validation_loss.format_interval
+    environment.globals["count_in_words"] = validation_loss.count_in_words
+    return environment.get_template(name)
 
 
-def write_report(output_dir):
-    """Write <output_dir>/report.html; returns its path. Raises ValueError where there was no run, OSError where it cannot be written."""
+def write_report(output_dir: str | Path) -> Path:
+    """Write <output_dir>/report.html and return its path.
+
+    Raises:
+        ValueError: the folder holds no run, or a file of it is damaged.
+        OSError: the page cannot be written.
+    """
     folder = Path(output_dir)
-    page = load_template("report_template.html").render(list_contents(folder))
+    page = load_template("report_template.html").render(describe_page(folder))
     run_record.write_atomically(folder / "report.html", page)
     return folder / "report.html"
 
@@ -422,7 +676,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output_dir", help="of a run")
+    parser.add_argument("output_dir", help="output folder of a training run")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         print(write_report(parser.parse_args().output_dir))
