@@ -1,23 +1,27 @@
-"""Moving shapes: clips with exact ground truth, drawn at first use, to train and to measure the embedded SVD on.
+"""Draw clips of moving shapes with exact ground truth, to train and to evaluate the embedded SVD.
 
     python -m svd_xtend.demo.synthetic_clips --base_folder data/fall --domain fall --clips 48
 
-A clip's motion can be read from its first frame and its motion_bucket_id, as far as it can be known at all:
+    clip = make_clip((0, 3), domain="fall")        # the clip of this seed: the same on every machine
+    metrics = score_synthetic_clip(frames, clip)   # how well generated frames continue it
 
-    pointed shapes (triangle, dart, drop)   have a white nose and move where it points, `speed(bucket)` pixels a frame
-    round shapes (disc, ring)               roam on smooth paths that nothing announces: no single rule fits the base model
+The motion of a clip follows from its first frame and its motion_bucket_id, as far as it can be known at all:
 
-    domain      holds
-    shapes      1 or 2 of both kinds: what the embedded SVD is trained on
-    pointed     pointed ones only: what it is measured on, since a true continuation exists
-    fall        pointed ones that fall from rest, whatever they point at: the shifted domain, for fine-tuning
-    roam        1 to 3 of both kinds, far along smooth paths that neither nose nor bucket announces: only boxes tell
+    pointed shapes (triangle, dart, drop)   have a white nose and move where it points, at a speed given by the bucket
+    round shapes (disc, ring)               move on smooth paths that the first frame does not determine
 
-Next: svd_xtend/tiny.py, the model.
+    domain      content                                               used for
+    shapes      1 or 2 shapes of both kinds                           training the embedded SVD
+    pointed     1 or 2 pointed shapes                                 evaluating it: a single correct continuation exists
+    fall        1 or 2 pointed shapes that fall from rest             fine-tuning: the base model has never seen this
+    roam        1 to 3 shapes of both kinds on long smooth paths      box control: only the boxes determine the motion
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,21 +36,36 @@ COLORS = np.array(
     [[226, 44, 44], [236, 212, 46], [44, 180, 72], [52, 200, 222], [56, 84, 230], [218, 64, 200]]
 )
 WHITE = np.array([255, 255, 255])
-POINTED, ROUND = ("triangle", "dart", "drop"), ("disc", "ring")
-NOSE = 0.2  # white from here on towards the tip, in radii from the centre
-BUCKETS = (64, 127, 190)
+POINTED = ("triangle", "dart", "drop")
+ROUND = ("disc", "ring")
+BUCKETS = (64, 127, 190)  # the values of motion_bucket_id
 FPS = 7
-HELD_OUT_SEED = 7919  # clips that nothing is ever trained on
-DEMO = "data/demo"
-SUPERSAMPLE = 4  # shapes are drawn at this multiple and averaged down: soft edges
+HELD_OUT_SEED = 7919  # seed of the validation clips: nothing is ever trained on them
+DEMO = "data/demo"  # the default --base_folder of the trainers
+REFERENCE_WIDTH = 64  # pixels: sizes and speeds below are for clips of this width
+
+NOSE_START = 0.2  # the nose begins this far from the centre towards the tip, in radii
+RING_HOLE = 0.45  # radius of a ring's hole, in radii
+SUPERSAMPLE = 4  # shapes are drawn this many times larger and averaged down: soft edges
+MAX_ATTEMPTS = 200  # random placements of an object before it is left out
+
+KEPT_AREA = (
+    0.4,
+    2.0,
+)  # an object counts as kept if its area is in this range, relative to the ground truth
+SUCCESS_IOU = 0.5  # a box counts as obeyed from this IoU on
+CHROMA_THRESHOLD = 0.45  # of an object's chroma, above which a pixel belongs to the object
+WHITE_LEVEL = 180  # of 255: pixels brighter than this in all channels may be a nose
+NOSE_REACH = 2.2  # a nose lies within so many radii of a disc with the object's area
+MIN_AREA = 4  # pixels; smaller regions of a colour are not an object
 
 
 @dataclass
 class SyntheticClip:
-    """Frames and what is true of them.
+    """Frames of a clip and their ground truth.
 
-    frames (f, h, w, 3) uint8; boxes (f, n, 4) float xyxy in [0, 1]; centroids (f, n, 2) in pixels, areas (f, n) in
-    pixels, both of the coloured part, without the nose; colors (n, 3) uint8; kinds n names.
+    frames (f, h, w, 3) uint8; boxes (f, n, 4) float xyxy in [0, 1]; centroids (f, n, 2) in pixels and areas (f, n) in
+    pixels, both of the coloured part of an object, without its nose; colors (n, 3) uint8; kinds: n names of shapes.
     """
 
     frames: np.ndarray
@@ -54,66 +73,93 @@ class SyntheticClip:
     centroids: np.ndarray
     areas: np.ndarray
     colors: np.ndarray
-    kinds: list
+    kinds: list[str]
     motion_bucket_id: int
 
-    def cut(self, frames):
-        """These frames of it, a slice."""
-        names = ("frames", "boxes", "centroids", "areas")
-        return replace(self, **{name: getattr(self, name)[frames] for name in names})
+    def cut(self, frames: slice) -> SyntheticClip:
+        """Return the clip with only these frames."""
+        return replace(
+            self,
+            frames=self.frames[frames],
+            boxes=self.boxes[frames],
+            centroids=self.centroids[frames],
+            areas=self.areas[frames],
+        )
 
-    def tracklets(self):
-        """The boxes as Tracklets, all valid and hard."""
-        there = np.ones(self.boxes.shape[:2], bool)
+    def tracklets(self) -> Tracklets:
+        """Return the boxes as tracklets, all of them valid and hard."""
+        everywhere = np.ones(self.boxes.shape[:2], bool)
         ids = tuple(map(str, range(len(self.kinds))))
         return Tracklets(
-            self.boxes.astype(np.float32), there, there, palette(len(ids)), ids, tuple(self.kinds)
+            self.boxes.astype(np.float32),
+            everywhere,
+            everywhere,
+            palette(len(ids)),
+            ids,
+            tuple(self.kinds),
         )
 
 
-def pixels_per_frame_of(motion_bucket_id, width=64):
-    """Pixels a frame: 2 at bucket 127 and 64 pixels of width."""
-    return motion_bucket_id / 127 * 2 * width / 64
+@dataclass
+class PlacedObject:
+    """A shape and its path: kind, heading in radians (y points down), radius in pixels, centers (f, 2) in pixels."""
+
+    kind: str
+    heading: float
+    radius: float
+    centers: np.ndarray
+
+
+def pixels_per_frame_of(motion_bucket_id: float, width: int = REFERENCE_WIDTH) -> float:
+    """Return the speed of pointed shapes: 2 pixels per frame at bucket 127 and a width of 64 pixels."""
+    return motion_bucket_id / 127 * 2 * width / REFERENCE_WIDTH
 
 
 # ---------------------------------------------------------------------------------------------------------------- draw
 
 
-def outline(kind, center, heading, radius):
-    """Polygon of a shape, (k, 2) in pixels. Pointed shapes have their tip towards `heading` (radians, y down)."""
+def outline(kind: str, center: np.ndarray, heading: float, radius: float) -> np.ndarray:
+    """Return the polygon of a shape, (k, 2) in pixels. The tip of pointed shapes is towards `heading` (radians, y down)."""
     if kind == "triangle":
         points = np.array([[1.25, 0], [-0.8, 0.85], [-0.8, -0.85]])
     elif kind == "dart":
         points = np.array([[1.3, 0], [-1.0, 0.95], [-0.35, 0], [-1.0, -0.95]])
     elif kind == "drop":
         arc = np.linspace(0.35 * np.pi, 1.65 * np.pi, 24)
-        points = np.concatenate(
-            [[[1.35, 0]], np.stack([0.75 * np.cos(arc) - 0.3, 0.75 * np.sin(arc)], 1)]
-        )
+        tip = [[1.35, 0]]
+        back = np.stack([0.75 * np.cos(arc) - 0.3, 0.75 * np.sin(arc)], 1)
+        points = np.concatenate([tip, back])
     else:
         arc = np.linspace(0, 2 * np.pi, 36, endpoint=False)
         points = 0.95 * np.stack([np.cos(arc), np.sin(arc)], 1)
-    cos, sin = np.cos(heading), np.sin(heading)
+    cos = np.cos(heading)
+    sin = np.sin(heading)
     return points * radius @ np.array([[cos, sin], [-sin, cos]]) + center
 
 
-def shape_mask(kind, center, heading, radius, width, height):
-    """Coverage in [0, 1] of the whole shape and of its nose, (h, w) each."""
+def shape_mask(
+    kind: str, center: np.ndarray, heading: float, radius: float, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the coverage in [0, 1] of the whole shape and of its nose, (h, w) each. Round shapes have no nose."""
     canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
     draw = ImageDraw.Draw(canvas)
-    draw.polygon([tuple(p) for p in outline(kind, center, heading, radius) * SUPERSAMPLE], fill=255)
+    polygon = outline(kind, center, heading, radius) * SUPERSAMPLE
+    draw.polygon([tuple(point) for point in polygon], fill=255)
     if kind == "ring":
-        draw.polygon(
-            [tuple(p) for p in outline(kind, center, heading, 0.45 * radius) * SUPERSAMPLE], fill=0
-        )
+        hole = outline(kind, center, heading, RING_HOLE * radius) * SUPERSAMPLE
+        draw.polygon([tuple(point) for point in hole], fill=0)
     whole = np.asarray(canvas.reduce(SUPERSAMPLE), np.float64) / 255
+    if kind not in POINTED:
+        return whole, np.zeros_like(whole)
     y, x = np.mgrid[:height, :width] + 0.5
-    ahead = (x - center[0]) * np.cos(heading) + (y - center[1]) * np.sin(heading) - NOSE * radius
-    return whole, whole * np.clip(ahead + 0.5, 0, 1) * (kind in POINTED)
+    # distance in pixels from the line where the nose begins, towards the tip
+    towards_tip = (x - center[0]) * np.cos(heading) + (y - center[1]) * np.sin(heading)
+    beyond_start = towards_tip - NOSE_START * radius
+    return whole, whole * np.clip(beyond_start + 0.5, 0, 1)
 
 
-def background(rng, width, height):
-    """(h, w, 3) in [0, 255]: a soft gradient between two greys."""
+def draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Draw a soft gradient between two greys, (h, w, 3) in [0, 255]."""
     low, high = rng.uniform(40, 170, 2)
     angle = rng.uniform(0, 2 * np.pi)
     x, y = np.meshgrid(np.linspace(-0.5, 0.5, width), np.linspace(-0.5, 0.5, height))
@@ -124,119 +170,175 @@ def background(rng, width, height):
 # ---------------------------------------------------------------------------------------------------------------- move
 
 
-def object_path(rng, domain, pointed, heading, start, pixels_per_frame, num_frames):
-    """Centres (f, 2) in pixels."""
-    t = np.arange(num_frames)[:, None]
-    if domain == "fall":  # from rest, as far as the others go in the same time
-        span = max(num_frames - 1, 1)
-        return start + np.array([0, 1]) * pixels_per_frame * span * (t / span) ** 2
-    if pointed and domain != "roam":
-        return start + np.array([np.cos(heading), np.sin(heading)]) * pixels_per_frame * t
+def object_path(
+    rng: np.random.Generator,
+    domain: str,
+    is_pointed: bool,
+    heading: float,
+    start: np.ndarray,
+    pixels_per_frame: float,
+    num_frames: int,
+) -> np.ndarray:
+    """Return the centres (f, 2) of an object in pixels."""
+    frame = np.arange(num_frames)[:, None]
+    if domain == "fall":  # accelerating from rest, as far as other shapes move in the same time
+        last = max(num_frames - 1, 1)
+        return start + np.array([0, 1]) * pixels_per_frame * last * (frame / last) ** 2
+    if is_pointed and domain != "roam":
+        direction = np.array([np.cos(heading), np.sin(heading)])
+        return start + direction * pixels_per_frame * frame
+    return start + smooth_path(rng, domain, is_pointed, heading, pixels_per_frame, num_frames)
+
+
+def smooth_path(
+    rng: np.random.Generator,
+    domain: str,
+    is_pointed: bool,
+    heading: float,
+    pixels_per_frame: float,
+    num_frames: int,
+) -> np.ndarray:
+    """Return the offsets (f, 2) in pixels of a random smooth path from its start, which does not follow the nose."""
     bend = 0.5 if domain == "roam" else 1.0
-    turn = bend * (rng.uniform(-0.35, 0.35) + rng.uniform(-0.1, 0.1) * np.arange(num_frames - 1))
-    away = rng.uniform(np.pi / 3, 5 * np.pi / 3) if pointed else rng.uniform(0, 2 * np.pi)
-    angles = heading * pointed + away + np.cumsum(turn)
-    steps = pixels_per_frame * rng.uniform(0.6, 1.1) * np.stack([np.cos(angles), np.sin(angles)], 1)
-    return start + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
+    steady_turn = rng.uniform(-0.35, 0.35)
+    turn_change = rng.uniform(-0.1, 0.1)
+    turns = bend * (steady_turn + turn_change * np.arange(num_frames - 1))  # radians per frame
+    if is_pointed:  # at least 60 degrees away from where the nose points
+        first_angle = heading + rng.uniform(np.pi / 3, 5 * np.pi / 3)
+    else:
+        first_angle = rng.uniform(0, 2 * np.pi)
+    angles = first_angle + np.cumsum(turns)
+    speed = pixels_per_frame * rng.uniform(0.6, 1.1)
+    steps = speed * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
 
 
-def place_objects(rng, domain, count, pixels_per_frame, num_frames, width, height):
-    """[(kind, heading, radius, centres)] that stay inside the picture and never touch; fewer where no room is found."""
-    objects = []
+def propose_object(
+    rng: np.random.Generator,
+    domain: str,
+    pixels_per_frame: float,
+    num_frames: int,
+    width: int,
+    height: int,
+) -> PlacedObject:
+    """Draw a random object with a random path, which may leave the picture."""
+    is_pointed = domain in ("pointed", "fall") or rng.random() < 0.65
+    kind = rng.choice(POINTED if is_pointed else ROUND)
+    scale = width / REFERENCE_WIDTH
+    radius = rng.uniform(7, 9.5) * width / REFERENCE_WIDTH
+    heading = rng.uniform(0, 2 * np.pi)
+    start = rng.uniform([0, 0], [width, height])
+    if domain == "roam":
+        pixels_per_frame = rng.uniform(2.5, 5.5) * scale
+    centers = object_path(rng, domain, is_pointed, heading, start, pixels_per_frame, num_frames)
+    return PlacedObject(str(kind), heading, radius, centers)
+
+
+def stays_inside(candidate: PlacedObject, width: int, height: int) -> bool:
+    """Return whether an object stays inside the picture in all frames."""
+    margin = 1.05 * candidate.radius
+    limit = np.array([width, height]) - margin
+    return bool((candidate.centers > margin).all() and (candidate.centers < limit).all())
+
+
+def stays_apart(candidate: PlacedObject, other: PlacedObject) -> bool:
+    """Return whether two objects never touch."""
+    distance = np.linalg.norm(candidate.centers - other.centers, axis=1)
+    return bool((distance > 1.15 * (candidate.radius + other.radius)).all())
+
+
+def place_objects(
+    rng: np.random.Generator,
+    domain: str,
+    count: int,
+    pixels_per_frame: float,
+    num_frames: int,
+    width: int,
+    height: int,
+) -> list[PlacedObject]:
+    """Return up to `count` objects that stay inside the picture and never touch; fewer if there is no room for them."""
+    objects: list[PlacedObject] = []
     for _ in range(count):
-        for _attempt in range(200):
-            pointed = domain in ("pointed", "fall") or rng.random() < 0.65
-            kind = rng.choice(POINTED if pointed else ROUND)
-            radius, heading = rng.uniform(7, 9.5) * width / 64, rng.uniform(0, 2 * np.pi)
-            start = rng.uniform([0, 0], [width, height])
-            if domain == "roam":
-                pixels_per_frame = rng.uniform(2.5, 5.5) * width / 64
-            centers = object_path(
-                rng, domain, pointed, heading, start, pixels_per_frame, num_frames
-            )
-            margin = 1.05 * radius
-            inside = (centers > margin).all() and (
-                centers < np.array([width, height]) - margin
-            ).all()
-            apart = all(
-                (np.linalg.norm(centers - other, axis=1) > 1.15 * (radius + r)).all()
-                for _, _, r, other in objects
-            )
-            if inside and apart:
-                objects.append((str(kind), heading, radius, centers))
+        for _attempt in range(MAX_ATTEMPTS):
+            candidate = propose_object(rng, domain, pixels_per_frame, num_frames, width, height)
+            is_apart = all(stays_apart(candidate, other) for other in objects)
+            if stays_inside(candidate, width, height) and is_apart:
+                objects.append(candidate)
                 break
     return objects
 
 
-def make_clip(seed, domain="shapes", num_frames=8, width=64, height=48):
-    """The clip of this seed (an int or a sequence of ints): the same on every machine."""
+def make_clip(
+    seed: int | Sequence[int],
+    domain: str = "shapes",
+    num_frames: int = 8,
+    width: int = 64,
+    height: int = 48,
+) -> SyntheticClip:
+    """Draw the clip of a seed. It is the same on every machine."""
     rng = np.random.default_rng(seed)
     bucket = int(rng.choice(BUCKETS))
-    objects = []
+    pixels_per_frame = pixels_per_frame_of(bucket, width)
+    max_objects = 3 if domain == "roam" else 2
+    objects: list[PlacedObject] = []
     while not objects:
-        most = 3 if domain == "roam" else 2
-        objects = place_objects(
-            rng,
-            domain,
-            int(rng.integers(1, most + 1)),
-            pixels_per_frame_of(bucket, width),
-            num_frames,
-            width,
-            height,
-        )
+        count = int(rng.integers(1, max_objects + 1))
+        objects = place_objects(rng, domain, count, pixels_per_frame, num_frames, width, height)
     colors = COLORS[rng.permutation(len(COLORS))[: len(objects)]]
-    frames = np.repeat(background(rng, width, height)[None], num_frames, 0)
-    boxes, centroids = (
-        np.zeros((num_frames, len(objects), 4)),
-        np.zeros((num_frames, len(objects), 2)),
-    )
+    frames = np.repeat(draw_background(rng, width, height)[None], num_frames, 0)
+    boxes = np.zeros((num_frames, len(objects), 4))
+    centroids = np.zeros((num_frames, len(objects), 2))
     areas = np.zeros((num_frames, len(objects)))
-    for n, (kind, heading, radius, centers) in enumerate(objects):
+    for n, placed in enumerate(objects):
         for f in range(num_frames):
-            mask, nose = shape_mask(kind, centers[f], heading, radius, width, height)
-            frames[f] += mask[..., None] * (colors[n] - frames[f]) + nose[..., None] * (
-                WHITE - colors[n]
+            center = placed.centers[f]
+            mask, nose = shape_mask(
+                placed.kind, center, placed.heading, placed.radius, width, height
             )
+            body_change = mask[..., None] * (colors[n] - frames[f])
+            nose_change = nose[..., None] * (WHITE - colors[n])
+            frames[f] += body_change + nose_change
             y, x = np.nonzero(mask > 0.5)
-            boxes[f, n] = (
-                x.min() / width,
-                y.min() / height,
-                (x.max() + 1) / width,
-                (y.max() + 1) / height,
-            )
+            left, right = x.min() / width, (x.max() + 1) / width
+            top, bottom = y.min() / height, (y.max() + 1) / height
+            boxes[f, n] = (left, top, right, bottom)
             y, x = np.nonzero(mask - nose > 0.5)
-            centroids[f, n], areas[f, n] = (x.mean(), y.mean()), len(x)
-    kinds = [kind for kind, *_ in objects]
+            centroids[f, n] = (x.mean(), y.mean())
+            areas[f, n] = len(x)
     return SyntheticClip(
-        frames.round().astype(np.uint8),
-        boxes,
-        centroids,
-        areas,
-        colors.astype(np.uint8),
-        kinds,
-        bucket,
+        frames=frames.round().astype(np.uint8),
+        boxes=boxes,
+        centroids=centroids,
+        areas=areas,
+        colors=colors.astype(np.uint8),
+        kinds=[placed.kind for placed in objects],
+        motion_bucket_id=bucket,
     )
 
 
-def write_clips(base_folder, domain="shapes", clips=48, seed=0, **size):
-    """Write `clips` folders of PNG frames, each with its boxes in tracklets.json, its fps and motion_bucket_id in
-    clip.json. Skips those that are there."""
+def write_clips(
+    base_folder: str | Path, domain: str = "shapes", clips: int = 48, seed: int = 0, **size: int
+) -> None:
+    """Write `clips` folders of PNG frames into `base_folder`. Folders that are complete already are kept.
+
+    Each folder also has its boxes in tracklets.json, and its fps and motion_bucket_id in clip.json. size: num_frames,
+    width and height of make_clip.
+    """
     for i in range(clips):
         folder = Path(base_folder) / f"{domain}{i:04d}"
-        if (folder / "clip.json").exists():  # written last, hence whole
+        if (folder / "clip.json").exists():  # this file is written last, so the folder is complete
             continue
         folder.mkdir(parents=True, exist_ok=True)
         clip = make_clip((seed, i), domain, **size)
         for f, frame in enumerate(clip.frames):
             Image.fromarray(frame).save(folder / f"{f:03d}.png")
         write_tracklets(folder / "tracklets.json", clip.tracklets())
-        (folder / "clip.json").write_text(
-            json.dumps({"fps": FPS, "motion_bucket_id": clip.motion_bucket_id})
-        )
+        metadata = {"fps": FPS, "motion_bucket_id": clip.motion_bucket_id}
+        (folder / "clip.json").write_text(json.dumps(metadata))
 
 
-def ensure_demo(base_folders):
-    """Draw the demo clips, a trainer's default --base_folder, as far as they are not there yet."""
+def ensure_demo(base_folders: Sequence[str]) -> None:
+    """Draw the demo clips if the default --base_folder is among these folders."""
     if DEMO in base_folders:
         write_clips(DEMO, "fall", 24)
 
@@ -244,8 +346,13 @@ def ensure_demo(base_folders):
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
-def segment_shapes(frames, colors, max_distance=70):
-    """Find objects by colour: centroids (f, n, 2) in pixels (NaN where nothing is found) and areas (f, n) in pixels."""
+def segment_shapes(
+    frames: np.ndarray, colors: np.ndarray, max_distance: float = 70
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find objects by their colour. Return centroids (f, n, 2) and areas (f, n), both in pixels.
+
+    frames: (f, h, w, 3) uint8; colors: (n, 3) uint8. The centroid of an object that is not found is NaN.
+    """
     distance = np.linalg.norm(
         frames[:, None].astype(np.float64) - colors[None, :, None, None], axis=-1
     )
@@ -257,22 +364,27 @@ def segment_shapes(frames, colors, max_distance=70):
     return centroids, areas
 
 
-def psnr(a, b):
-    """Decibels between two uint8 arrays."""
-    return 10 * np.log10(
-        255**2 / max(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2), 1e-9)
-    )
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of two uint8 arrays, in decibels."""
+    squared_error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float(10 * np.log10(255**2 / max(squared_error, 1e-9)))
 
 
-def measure_clip(frames, clip):
-    """How well generated frames (f, h, w, 3) uint8 continue `clip`; frame 0, which was given, does not count.
+def is_kept(areas: np.ndarray, true_areas: np.ndarray) -> np.ndarray:
+    """Return which objects still have about the area of the ground truth, in the shape of `areas`."""
+    low, high = KEPT_AREA
+    ratio = areas / true_areas
+    return (ratio > low) & (ratio < high)
 
-    centroid_error: pixels, mean over the objects and frames in which the object is found; kept: fraction of those,
-    found meaning an area of 0.4 to 2 times the truth's; psnr: dB. Centroid error means little where kept is low.
+
+def score_synthetic_clip(frames: np.ndarray, clip: SyntheticClip) -> dict[str, float]:
+    """Measure how well generated frames (f, h, w, 3) uint8 continue `clip`. Frame 0, which was given, does not count.
+
+    kept: fraction of objects and frames in which the object has 0.4 to 2 times its true area. centroid_error: pixels,
+    mean over the kept ones; it means little if few are kept. psnr: dB.
     """
     centroids, areas = segment_shapes(frames[1:], clip.colors)
-    ratio = areas / clip.areas[1:]
-    kept = (ratio > 0.4) & (ratio < 2)
+    kept = is_kept(areas, clip.areas[1:])
     errors = np.linalg.norm(centroids - clip.centroids[1:], axis=-1)
     return {
         "centroid_error": float(errors[kept].mean()) if kept.any() else float("nan"),
@@ -281,61 +393,88 @@ def measure_clip(frames, clip):
     }
 
 
-def segment_boxes(frames, colors):
-    """Boxes (f, n, 4) xyxy in [0, 1] of objects found by colour, white noses included, and areas (f, n) in pixels,
-    without them; boxes have no area where nothing is found.
+def without_grey(colors: np.ndarray) -> np.ndarray:
+    """Return the chroma of RGB colours (..., 3): the colour minus the grey of its mean."""
+    return colors - colors.mean(-1, keepdims=True)
 
-    The background is grey. A pixel is an object's where its chroma is more than 0.45 of the object's, in its direction; a
-    white one is the nearest object's, within 2.2 radii of a disc of its area."""
-    f, h, w, _ = frames.shape
+
+def segment_boxes(frames: np.ndarray, colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find objects by their colour. Return boxes (f, n, 4) xyxy in [0, 1] and areas (f, n) in pixels.
+
+    Boxes include the white noses, areas do not. The box of an object that is not found is (0, 0, 0, 0).
+
+    The background is grey, so a pixel belongs to an object if its chroma, projected on that of the object, is more than
+    0.45 of it. A white pixel belongs to the nearest object, within 2.2 radii of a disc of the object's area.
+    """
+    _, h, w, _ = frames.shape
     frames = frames.astype(np.float64)
-    chroma, own = frames - frames.mean(-1, keepdims=True), colors - colors.mean(-1, keepdims=True)
-    along = np.einsum(
-        "fhwc,nc->fnhw", chroma, own / np.linalg.norm(own, axis=1, keepdims=True) ** 2
-    )  # 1: its colour
-    colored = (along > 0.45) & (along == along.max(1, keepdims=True))
+    object_chroma = without_grey(colors)
+    squared_length = np.linalg.norm(object_chroma, axis=1, keepdims=True) ** 2
+    # (f, n, h, w): 1 for a pixel that has exactly the object's chroma
+    likeness = np.einsum("fhwc,nc->fnhw", without_grey(frames), object_chroma / squared_length)
+    colored = (likeness > CHROMA_THRESHOLD) & (likeness == likeness.max(1, keepdims=True))
     areas = colored.sum((2, 3))
+
     y, x = np.mgrid[:h, :w]
-    center = [(colored * axis).sum((2, 3)) / np.maximum(areas, 1) for axis in (x, y)]
-    reach = np.hypot(x - center[0][..., None, None], y - center[1][..., None, None])
-    reach = reach / (2.2 * np.sqrt(np.maximum(areas, 1) / np.pi))[..., None, None]
-    white = (frames.min(-1) > 180)[:, None] & (reach < 1) & (reach == reach.min(1, keepdims=True))
-    masks = (colored | white) & (areas >= 4)[..., None, None]
-    columns, rows = masks.any(2), masks.any(3)
-    first = columns.argmax(-1) / w, rows.argmax(-1) / h
-    last = 1 - columns[..., ::-1].argmax(-1) / w, 1 - rows[..., ::-1].argmax(-1) / h
-    return np.stack([*first, *last], -1) * masks.any((2, 3))[..., None], areas
+    center_x = (colored * x).sum((2, 3)) / np.maximum(areas, 1)
+    center_y = (colored * y).sum((2, 3)) / np.maximum(areas, 1)
+    distance = np.hypot(x - center_x[..., None, None], y - center_y[..., None, None])
+    max_distance = NOSE_REACH * np.sqrt(np.maximum(areas, 1) / np.pi)
+    reach = distance / max_distance[..., None, None]
+    is_white = (frames.min(-1) > WHITE_LEVEL)[:, None]
+    is_nose = is_white & (reach < 1) & (reach == reach.min(1, keepdims=True))
+    masks = (colored | is_nose) & (areas >= MIN_AREA)[..., None, None]
+
+    columns = masks.any(2)
+    rows = masks.any(3)
+    left = columns.argmax(-1) / w
+    top = rows.argmax(-1) / h
+    right = 1 - columns[..., ::-1].argmax(-1) / w
+    bottom = 1 - rows[..., ::-1].argmax(-1) / h
+    is_found = masks.any((2, 3))[..., None]
+    return np.stack([left, top, right, bottom], -1) * is_found, areas
 
 
-def is_contrasting(tracklets, colors):
-    """Slots in those colours of the palette that are farthest in hue from the objects' `colors` (n, 3) uint8: a box that a
-    model draws by mistake is then not taken for an object."""
+def with_contrasting_colors(tracklets: Tracklets, colors: np.ndarray) -> Tracklets:
+    """Return the tracklets with those colours of the palette first whose hue differs most from the objects' `colors`.
 
-    def hue(rgb):
-        chroma = rgb - rgb.mean(-1, keepdims=True)
+    colors: (n, 3) uint8. If a model draws a box into the video by mistake, the box is then not taken for an object.
+    """
+
+    def hue(rgb: np.ndarray) -> np.ndarray:
+        chroma = without_grey(rgb)
         return chroma / np.linalg.norm(chroma, axis=-1, keepdims=True)
 
-    likeness = (hue(tracklets.colors) @ hue(colors.astype(np.float64)).T).max(1)
-    return replace(tracklets, colors=tracklets.colors[np.argsort(likeness)])
+    similarity = hue(tracklets.colors) @ hue(colors.astype(np.float64)).T
+    most_similar = similarity.max(1)
+    return replace(tracklets, colors=tracklets.colors[np.argsort(most_similar)])
 
 
-def measure_control(frames, clip):
-    """How well frames (f, h, w, 3) uint8 follow the boxes of `clip`, from frame 1 on: mean_iou and success, the
-    fraction with IoU >= 0.5. An object of less than 0.4 or more than 2 times its area is lost: its IoU is 0."""
+def score_box_following(frames: np.ndarray, clip: SyntheticClip) -> dict[str, float]:
+    """Measure how well frames (f, h, w, 3) uint8 follow the boxes of `clip`, from frame 1 on.
+
+    mean_iou: mean IoU of the boxes of the objects with the given ones; success: fraction with an IoU of at least 0.5. An
+    object that is not kept (less than 0.4 or more than 2 times its true area) has an IoU of 0.
+    """
     boxes, areas = segment_boxes(frames, clip.colors)
-    ratio = areas / clip.areas
-    kept = (ratio > 0.4) & (ratio < 2)
+    kept = is_kept(areas, clip.areas)
     overlap = (box_iou(boxes, clip.boxes) * kept)[1:]
-    return {"mean_iou": float(overlap.mean()), "success": float((overlap >= 0.5).mean())}
+    return {"mean_iou": float(overlap.mean()), "success": float((overlap >= SUCCESS_IOU).mean())}
 
 
-if __name__ == "__main__":
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base_folder", required=True, help="where the clip folders go")
-    parser.add_argument("--domain", choices=DOMAINS, default="shapes")
-    parser.add_argument("--clips", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_clips(args.base_folder, args.domain, args.clips, args.seed)
+    parser.add_argument("--domain", choices=DOMAINS, default="shapes", help="see above")
+    parser.add_argument("--clips", type=int, default=48, help="number of clips")
+    parser.add_argument("--num_frames", type=int, default=8, help="frames of each clip")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other clips")
+    return parser
+
+
+if __name__ == "__main__":
+    args = build_parser().parse_args()
+    write_clips(args.base_folder, args.domain, args.clips, args.seed, num_frames=args.num_frames)

@@ -19,10 +19,10 @@ from svd_xtend.data.tracklets import (
     palette,
 )
 from svd_xtend.demo.synthetic_clips import (
-    is_contrasting,
     make_clip,
-    measure_control,
+    score_box_following,
     segment_boxes,
+    with_contrasting_colors,
     write_clips,
 )
 from svd_xtend.evaluation import tracklet_score
@@ -459,10 +459,10 @@ def test_roaming_shapes_do_not_go_where_they_point():
 def test_control_is_measured_by_the_objects_own_pixels():
     """The truth follows its own boxes, another clip's picture does not, an empty picture not at all."""
     clips = [make_clip((9, i), "roam") for i in range(12)]
-    assert np.mean([measure_control(c.frames, c)["mean_iou"] for c in clips]) > 0.9
-    assert min(measure_control(c.frames, c)["success"] for c in clips) == 1
+    assert np.mean([score_box_following(c.frames, c)["mean_iou"] for c in clips]) > 0.9
+    assert min(score_box_following(c.frames, c)["success"] for c in clips) == 1
     grey = np.full_like(clips[0].frames, 100)
-    assert measure_control(grey, clips[0]) == {"mean_iou": 0.0, "success": 0.0}
+    assert score_box_following(grey, clips[0]) == {"mean_iou": 0.0, "success": 0.0}
     assert all((found == 0).all() for found in segment_boxes(grey, clips[0].colors))
 
 
@@ -471,16 +471,16 @@ def test_boxes_drawn_by_mistake_are_not_taken_for_objects():
     scores = []
     for i in range(12):
         clip = make_clip((9, i), "roam")
-        asked = is_contrasting(clip.tracklets().pad(8), clip.colors)
+        asked = with_contrasting_colors(clip.tracklets().pad(8), clip.colors)
         drawn = draw_boxes(np.full((8, 3, 48, 64), 100, np.uint8), asked).transpose(0, 2, 3, 1)
-        scores.append(measure_control(drawn, clip)["mean_iou"])
+        scores.append(score_box_following(drawn, clip)["mean_iou"])
     assert np.mean(scores) < 0.05
 
 
 def test_roaming_shapes_go_far():
     """A picture that stands still does not follow the boxes by accident."""
     clips = [make_clip((9, i), "roam") for i in range(24)]
-    still = [measure_control(np.repeat(c.frames[:1], 8, 0), c)["mean_iou"] for c in clips]
+    still = [score_box_following(np.repeat(c.frames[:1], 8, 0), c)["mean_iou"] for c in clips]
     assert np.mean(still) < 0.3
 
 
