@@ -128,3 +128,42 @@ def test_condition_arrives_in_the_models_keywords(pipe):
     model, boxes = Model(), torch.zeros(2, 8, 1, 4)
     training_loss(model, pipe, {**make_batch(2), "control": {"boxes": boxes}}, make_options())
     assert model.boxes is boxes
+
+
+def test_training_loss_is_the_denoising_loss_of_its_own_draws(pipe):
+    """Step by step, with the public functions in the order in which training draws."""
+    batch = make_batch(2)
+    options = make_options(dropout=(0.2, 0.2, 0.2))
+    noise = SampleNoise(5, batch["index"], "cpu")
+    latents = train_svd.encode_video(pipe.vae, batch["pixel_values"], noise)
+    conditioning = train_svd.encode_conditioning(pipe, batch, noise)
+    conditioning = train_svd.drop_conditioning(conditioning, noise.uniform(), options.dropout)
+    sigma = (noise.normal() * 1.6 + 0.7).exp()
+    eps = noise.normal(*latents.shape[1:])
+    expected = train_svd.denoising_loss(pipe.unet, latents, conditioning, sigma, eps)
+    assert torch.equal(training_loss(pipe.unet, pipe, batch, options), expected)
+
+
+def test_denoising_loss_is_pure():
+    """The same inputs give the same loss, and no input is changed."""
+    g = torch.Generator().manual_seed(0)
+    latents, eps = (torch.randn(2, 3, 4, 6, 8, generator=g) for _ in range(2))
+    sigma = torch.tensor([0.5, 20.0])
+    conditioning = train_svd.Conditioning(
+        image_embeds=torch.randn(2, 1, 5, generator=g),
+        image_latents=torch.randn(2, 4, 6, 8, generator=g),
+        added_time_ids=torch.ones(2, 3),
+    )
+    before = [t.clone() for t in (latents, eps, sigma, conditioning.image_latents)]
+    first = train_svd.denoising_loss(Recorder(), latents, conditioning, sigma, eps)
+    second = train_svd.denoising_loss(Recorder(), latents, conditioning, sigma, eps)
+    assert first.shape == (2,) and torch.equal(first, second)
+    after = (latents, eps, sigma, conditioning.image_latents)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_a_pixel_weight_of_mean_one_that_is_flat_changes_nothing(pipe):
+    batch = make_batch(2)
+    plain = training_loss(pipe.unet, pipe, batch, make_options())
+    flat = {**batch, "pixel_weight": torch.ones(2, 8, 1, 12, 16)}
+    torch.testing.assert_close(training_loss(pipe.unet, pipe, flat, make_options()), plain)

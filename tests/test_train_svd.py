@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_svd
@@ -436,6 +437,20 @@ def test_a_steps_loss_and_gradients_never_ask_the_device_for_a_number(run):
     with Questions():
         torch.ones(1).item(), torch.ones(1).nonzero()
     assert len(asked) == 2
+
+
+def test_train_does_not_write_to_the_flags_that_it_is_given(clips, tmp_path):
+    """Resolved flags are new copies: what was asked for and what was resolved are never confused."""
+    flags = [f"--base_folder={clips}", f"--output_dir={tmp_path}", "--width=64", "--height=48"]
+    flags += ["--num_workers=0", "--max_train_steps=1", "--gradient_checkpointing=auto", "--scale_lr"]
+    args = train_svd.parse(train_svd.build_parser(), [*flags, "--validation_steps=0"])
+    before = dict(vars(args))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_svd.train(args, train_svd.Recipe(export=lambda *_: None))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert vars(args) == before
+    resolved = json.loads((tmp_path / "args.json").read_text())
+    assert resolved["num_frames"] == 8 and resolved["gradient_checkpointing"] != "auto"
 
 
 # -------------------------------------------------------------------------------------------------------- as users do it
