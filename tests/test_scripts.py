@@ -106,7 +106,7 @@ def test_every_flag_is_read():
     text = "".join(path.read_text() for path in files)
     for flag in flags(train_svd_lora.script_parser()) | flags(train_svd_tracklet.script_parser()):
         name = flag.removeprefix("--")
-        read = rf"((args|options)\.{name}\b|\"{name}\")(?!,? (type|help|action))"
+        read = rf"((args|options|first_pass)\.{name}\b|\"{name}\")(?!,? (type|help|action))"
         assert re.search(read, text.replace(f'"{flag}"', "")), flag
 
 
