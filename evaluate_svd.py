@@ -22,7 +22,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ import train_svd_tracklet
 from svd_xtend.data import images, split, tracklets
 from svd_xtend.data.clip import Clip
 from svd_xtend.demo import synthetic_clips
-from svd_xtend.evaluation import metrics, report
+from svd_xtend.evaluation import metrics, parity, report
 from svd_xtend.inference import video_writer
 from svd_xtend.inference.pipeline import load_checkpoint
 from svd_xtend.models import loading, precision, unet_optimizations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import StableVideoDiffusionPipeline
     from PIL import Image
-    from torch import nn
+    from torch import Tensor, nn
 
     from svd_xtend.data.tracklets import Tracklets
 
@@ -315,19 +315,23 @@ def load_tuned_weights(unet: nn.Module, args: argparse.Namespace) -> nn.Module:
 # -------------------------------------------------------------------------------------------------------------- clips
 
 
-def clips_of(args, process):
-    """The held-out clips as a trainer's dataset, with boxes where there are some; each in the motion bucket that it has among the
-    clips that train."""
-    boxed = args.box_control or args.tracklets
-    held = partial(train_svd_tracklet.TrackletDataset, args) if boxed else train_svd.DummyDataset
-    # first those that train, which may be too short now
-    kinds = iter([(train_svd.DummyDataset, args.trained_with), (held, (args.num_frames, args.fps))])
+def load_validation_set(args: argparse.Namespace, process: Any) -> Any:
+    """Return the validation set, with boxes if there are any.
 
-    def dataset(folders, width, height, num_frames, fps, *rest):
-        kind, (frames, rate) = next(kinds)
-        return kind(folders, width, height, frames or num_frames, rate or fps, *rest)
-
-    return train_svd.load_data(args, dataset, process)[1]
+    Each clip has the motion bucket that it would have among the training clips.
+    """
+    make_dataset: Any = train_svd.DummyDataset
+    if args.box_control or args.tracklets:
+        make_dataset = partial(train_svd_tracklet.TrackletDataset, args=args)
+    spec = train_svd.clip_spec(args)
+    num_frames, fps = args.trained_with
+    training_spec = replace(spec, num_frames=num_frames or spec.num_frames, fps=fps or spec.fps)
+    with process.main_process_first():  # it lists the folders, the others read its list
+        train_svd.ensure_demo(args.base_folder)
+        training_set = train_svd.load_training_set(args, train_svd.DummyDataset, training_spec)
+        validation_set = train_svd.load_validation_set(args, make_dataset, spec, training_set.clips)
+    distributed.check_same_on_all_processes("--validation_folder", validation_set.clips.digest())
+    return validation_set
 
 
 def choose_windows(data: Any, count: int) -> list[tuple[Clip, int]]:
@@ -339,9 +343,9 @@ def choose_windows(data: Any, count: int) -> list[tuple[Clip, int]]:
     windows = []
     if count <= len(data):
         for i in range(count):
-            windows.append((data.clips[next(data.order.choices(i))], 0))
+            windows.append((data.clips[next(data.sampler.choices(i))], 0))
         return windows
-    length = data.sample_frames
+    length = data.spec.num_frames
     for clip_index in range(len(data)):
         clip = data.clips[clip_index]
         fps = clip.metadata["fps"]
@@ -378,7 +382,7 @@ def find_boxes(
 
 
 @dataclass
-class RenderedClip(metrics.ClipMetrics):
+class EvaluatedClip(metrics.ClipMetrics):
     """A clip of the validation set, rendered and measured."""
 
     clip_index: int  # among the windows; seeds its noise
@@ -461,7 +465,7 @@ def render_clips(
     args: argparse.Namespace,
     networks: dict[str, Callable[..., np.ndarray]],
     process: Accelerator,
-) -> list[RenderedClip]:
+) -> list[EvaluatedClip]:
     """Render and measure this process's share of the validation set with one model.
 
     column: "base" or "tuned". model: a UNet, or a ControlledUNet, which has an `adapter` for boxes. With the base model, the ground truth and the static baseline are measured
@@ -488,12 +492,19 @@ def render_clips(
             model.adapter.set(boxes.grow_soft_boxes())
         first_frame = Image.fromarray(ground_truth[0])
         seed = args.validation_seed + clip_index
-        generated = sample(pipe, first_frame, clip.metadata, seed, args)
+        generated = sample(
+            pipe,
+            first_frame,
+            args,
+            fps=clip.metadata["fps"],
+            motion_bucket_id=clip.metadata["motion_bucket_id"],
+            seed=seed,
+        )
         columns = {column: np.stack([np.asarray(frame) for frame in generated])}
         if column == "base":
             columns["truth"] = ground_truth
             columns["still"] = np.repeat(ground_truth[:1], len(ground_truth), 0)
-        row = RenderedClip(
+        row = EvaluatedClip(
             source=split.source_video(clip.path),
             metrics={},
             features={},
@@ -530,23 +541,37 @@ def with_progress_bar(
     return call
 
 
-def held_out_of(data, args, pipe, process):
-    """The HeldOut of these clips, under the loss that the run of --tuned trained."""
-    loss = train_svd_tracklet.tracklet_loss if args.box_control else train_svd.svd_loss
+def make_validation_loss(
+    data: Any, args: argparse.Namespace, pipe: Any, process: Any
+) -> validation_loss.ValidationLoss:
+    """Return the validation loss, under the loss that the run of --tuned was trained with."""
+    recipe = train_svd.Recipe()
+    if args.box_control:
+        recipe = train_svd_tracklet.make_recipe(args)
     share = len(range(process.process_index, min(args.num_clips, len(data)), process.num_processes))
-    encode = with_progress_bar(train_svd.encode_ahead, share, "held-out clips", process)
-    return validation_loss.ValidationLoss(data, args, loss, encode, pipe, process)
-
-
-def losses_of(name, model, held, process):
-    """HeldOut's losses of a model; boxes go only to one that takes them."""
-
-    def call(*inputs, **boxes):
-        return model(*inputs, **(boxes if hasattr(model, "adapter") else {}))
-
-    return held.losses(
-        with_progress_bar(call, len(held.own) * len(held.sigmas), f"{name}: loss", process)
+    return validation_loss.ValidationLoss(
+        data,
+        args,
+        pipe,
+        process,
+        loss_at_sigma=train_svd.loss_at_sigma,
+        add_encodings=with_progress_bar(
+            train_svd.add_encodings, share, "validation clips", process
+        ),
+        prepare_batch=recipe.prepare_batch,
     )
+
+
+def measure_losses(
+    column: str, model: Any, losses: validation_loss.ValidationLoss, process: Any
+) -> np.ndarray:
+    """Return the losses (clips, sigmas) of a model. Only a model with box control gets the boxes."""
+
+    def call(*inputs: Any, **control: Any) -> Any:
+        return model(*inputs, **(control if hasattr(model, "adapter") else {}))
+
+    count = len(losses.clip_indices) * len(losses.sigmas)
+    return losses.losses(with_progress_bar(call, count, f"{column}: loss", process))
 
 
 def evaluate_models(args: argparse.Namespace) -> None:
@@ -571,21 +596,21 @@ def evaluate_models(args: argparse.Namespace) -> None:
     data: Any = None
     held: Any = None
     losses = {}
-    clips: dict[int, RenderedClip] = {}
+    clips: dict[int, EvaluatedClip] = {}
     # the tuned model first: if its weights do not load, the user learns it at once
     columns = ["tuned", "base"] if args.tuned else ["base"]
     for column in columns:
         pipe, model = load_model(args, column == "tuned", process.device)
         args.num_frames = args.num_frames or pipe.unet.config.num_frames
         if data is None:
-            data = clips_of(args, process)
+            data = load_validation_set(args, process)
             networks, left_out = load_networks(args.num_frames, process)
         with run_record.output_errors(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if held is None:
-            held = held_out_of(data, args, pipe, process)
+            held = make_validation_loss(data, args, pipe, process)
         held.pipe = pipe
-        losses[column] = losses_of(column, model, held, process)
+        losses[column] = measure_losses(column, model, held, process)
         rendered = render_clips(column, pipe, model, data, args, networks, process)
         merge_columns(clips, gather_object(rendered))
         # free the memory before the next model is loaded
@@ -600,7 +625,7 @@ def evaluate_models(args: argparse.Namespace) -> None:
     process.end_training()
 
 
-def merge_columns(clips: dict[int, RenderedClip], rendered: Iterable[RenderedClip]) -> None:
+def merge_columns(clips: dict[int, EvaluatedClip], rendered: Iterable[EvaluatedClip]) -> None:
     """Add to each clip in `clips`, by index, the columns that were rendered of it."""
     for row in rendered:
         clip = clips.setdefault(row.clip_index, row)
@@ -616,7 +641,7 @@ def write_results(
     args: argparse.Namespace,
     held: Any,
     losses: dict[str, np.ndarray],
-    clips: list[RenderedClip],
+    clips: list[EvaluatedClip],
     left_out: dict[str, str],
 ) -> None:
     """Write evaluation.json, figures.png, comparison.gif and comparison.png; print the table.
@@ -631,7 +656,7 @@ def write_results(
     comparison = None
     if "tuned" in losses:
         comparison = validation_loss.compare_losses(
-            held.sigmas, losses["base"], losses["tuned"], held.films
+            held.sigmas, losses["base"], losses["tuned"], held.sources
         )
     deviations = deviations_from_protocol(args, len(clips))
     num_sources = len({clip.source for clip in clips})
@@ -705,7 +730,7 @@ def describe_protocol(protocol: str | None, deviations: dict[str, Any]) -> str:
     return line
 
 
-def comparison_videos(clip: RenderedClip) -> dict[str, list[Image.Image]]:
+def comparison_videos(clip: EvaluatedClip) -> dict[str, list[Image.Image]]:
     """Return {title: frames} of a clip for comparison.gif, with its boxes drawn in if it has some."""
     from PIL import Image
 
@@ -723,164 +748,88 @@ def comparison_videos(clip: RenderedClip) -> dict[str, list[Image.Image]]:
 # -------------------------------------------------------------------------------------------------------------- parity
 
 
-SEED = 0
-SIGMAS = (0.05, 1.0, 10.0, 200.0)
-ALLOWED = {  # of a tensor's largest value, in the order of the way from a clip to the loss; the VAE rounds by memory layout
-    "image_embeds": 1e-3, "image_latents": 5e-3, "added_time_ids": 1e-6, "dropped image_embeds": 0.0, "dropped image_latents": 0.0,
-    "c_noise": 1e-6, "noisy_latents": 1e-3, "F_x": 5e-3, "dropped F_x": 5e-3, "denoised": 5e-3, "loss": 1e-3,
-}  # fmt: skip
+def trainer_tensors(
+    pipe: StableVideoDiffusionPipeline, batch: dict, sigma: float, args: argparse.Namespace
+) -> dict[str, Tensor]:
+    """Return the tensors of `parity.pipeline_tensors` as train_svd.training_loss makes them."""
+    import torch
 
+    calls = []
 
-class Drawn:
-    """Draws for svd_loss of which the pipeline can be given the same: one for each shape."""
+    def recording_unet(*inputs: Tensor) -> Any:
+        output = pipe.unet(*inputs)
+        calls.append((*inputs, output.sample))
+        return output
 
-    def __init__(self, device):
-        self.device = device
-
-    def normal(self, *shape):
-        import torch
-
-        return torch.randn((1, *shape), generator=torch.Generator().manual_seed(SEED)).to(
-            self.device
+    def loss_with_dropout(probability: float) -> Tensor:
+        options = train_svd.LossOptions(
+            seed=parity.SEED,
+            P_mean=float(np.log(sigma)),
+            P_std=0.0,
+            dropout=(0.0, 0.0, probability),
+            vae_encode_chunk=args.vae_encode_chunk,
         )
-
-    def uniform(self):
-        import torch
-
-        return torch.full((1,), 0.5, device=self.device)
-
-
-def by_pipeline(pipe, batch, strength, sigma):
-    """{name: tensor} of a step of the stock pipeline and its scheduler from noise level sigma to 0, under guidance."""
-    import torch
-    from PIL import Image
-
-    pixel_values, noise, given, scheduler = (
-        batch["pixel_values"],
-        Drawn(pipe.device),
-        [],
-        pipe.scheduler,
-    )
-    with torch.no_grad():
-        posterior = pipe.vae.encode(pixel_values[0]).latent_dist
-    z = noise.normal(*posterior.mean.shape)[0]
-    latents = (posterior.mean + posterior.std * z) * pipe.vae.config.scaling_factor
-    noisy = latents + sigma * z
-    scheduler.set_timesteps(sigmas=[sigma, 0.0])
-    handle = pipe.unet.register_forward_hook(lambda _, *call: given.append(call), with_kwargs=True)
-    frame = (
-        ((pixel_values[0, 0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
-    )
-    try:
-        denoised = pipe(
-            Image.fromarray(frame), *pixel_values.shape[-2:], len(latents), sigmas=[sigma, 0.0], min_guidance_scale=2.0,
-            max_guidance_scale=2.0, fps=batch["fps"].item(), motion_bucket_id=batch["motion_bucket_id"].item(),
-            noise_aug_strength=strength, generator=torch.Generator().manual_seed(SEED), output_type="latent",
-            latents=noisy[None] / scheduler.init_noise_sigma,
-        ).frames  # fmt: skip
-    finally:
-        handle.remove()
-    (sample, c_noise), kwargs, (F_x, *_) = given[0]
-    embeds, ids = kwargs["encoder_hidden_states"], kwargs["added_time_ids"]
-    scheduler.set_timesteps(sigmas=[sigma, 0.0])
-    alone = scheduler.step(F_x[1:], scheduler.timesteps[0], noisy[None]).pred_original_sample
-    return {
-        "image_embeds": embeds[1], "image_latents": sample[1, :, 4:], "added_time_ids": ids[1], "dropped image_embeds": embeds[0],
-        "dropped image_latents": sample[0, :, 4:], "c_noise": c_noise, "noisy_latents": sample[1, :, :4], "F_x": F_x[1],
-        "dropped F_x": F_x[0], "denoised": denoised[0], "loss": train_svd.loss_weight(sigma) * ((alone - latents) ** 2).mean(),
-    }  # fmt: skip
-
-
-def by_trainer(pipe, batch, sigma, args):
-    """The same tensors as train_svd.svd_loss hands them to its UNet, and what follows from that UNet's answer."""
-    import torch
-
-    given, batch = [], {**batch, "noise": Drawn(pipe.device)}
-
-    def spy(*inputs):
-        answer = pipe.unet(*inputs)
-        given.append((*inputs, answer.sample))
-        return answer
-
-    def loss_of(dropped):
-        how = {
-            "P_mean": float(np.log(sigma)),
-            "P_std": 0.0,
-            "conditioning_dropout_prob": (0.0, 0.0, dropped),
-        }
+        noise: Any = parity.FixedNoise(pipe.device)
         with torch.no_grad():
-            return train_svd.svd_loss(spy, pipe, batch, argparse.Namespace(**{**vars(args), **how}))
+            return train_svd.training_loss(recording_unet, pipe, batch, options, noise)
 
-    loss, _ = loss_of(0.0), loss_of(1.0)
-    (sample, c_noise, embeds, ids, F_x), (none, _, no_embeds, _, F_none) = given
+    loss = loss_with_dropout(0.0)
+    loss_with_dropout(1.0)
+    sample, c_noise, embeds, added_time_ids, F_x = calls[0]
+    dropped_sample, _, dropped_embeds, _, dropped_F_x = calls[1]
     c_skip, c_out, c_in, _ = train_svd.scalings(torch.tensor(sigma))
-    guided = F_none + 2.0 * (F_x - F_none)
+    noisy_latents = sample[:, :, :4]
+    guided = dropped_F_x + parity.GUIDANCE_SCALE * (F_x - dropped_F_x)
+    denoised = c_skip / c_in * noisy_latents + c_out * guided
     return {
-        "image_embeds": embeds[0], "image_latents": sample[0, :, 4:], "added_time_ids": ids[0], "dropped image_embeds": no_embeds[0],
-        "dropped image_latents": none[0, :, 4:], "c_noise": c_noise, "noisy_latents": sample[0, :, :4], "F_x": F_x[0],
-        "dropped F_x": F_none[0], "denoised": (c_skip / c_in * sample[:, :, :4] + c_out * guided)[0], "loss": loss,
-    }  # fmt: skip
+        "image_embeds": embeds[0],
+        "image_latents": sample[0, :, 4:],
+        "added_time_ids": added_time_ids[0],
+        "dropped image_embeds": dropped_embeds[0],
+        "dropped image_latents": dropped_sample[0, :, 4:],
+        "c_noise": c_noise,
+        "noisy_latents": noisy_latents[0],
+        "F_x": F_x[0],
+        "dropped F_x": dropped_F_x[0],
+        "denoised": denoised[0],
+        "loss": loss,
+    }
 
 
-def drawn_batch(width, height, num_frames, device):
-    """A batch of one clip of moving shapes."""
-    import torch
+def run_parity_check(args: argparse.Namespace) -> str | None:
+    """Compare the trainer with the stock pipeline on one clip in float32, and print the result.
 
-    frames = np.stack(
-        [
-            images.resize_frame(frame, width, height)
-            for frame in synthetic_clips.make_clip(SEED).frames
-        ]
-    )
-    frames = torch.from_numpy(frames[np.arange(num_frames) % len(frames)]).permute(0, 3, 1, 2)[None]
-    told = {"fps": torch.tensor([6.0]), "motion_bucket_id": torch.tensor([180.0]), "index": [0]}
-    return distributed.batch_to_device({**told, "pixel_values": frames}, device)
-
-
-def parity(args):
-    """Whether training tells the UNet what inference tells it, and makes of its answer what inference does: tensor by tensor, on one
-    drawn clip, in float32, at some noise levels. Returns the name of the first tensor that differs, or None."""
+    Returns the name of the first tensor that differs, or None.
+    """
     import diffusers
     import torch
     from tqdm import tqdm
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = args.pretrained_model_name_or_path
     pipe = loading.load_svd(path, torch.float32, args.revision, args.pretrain_unet).to(device)
     pipe.set_progress_bar_config(disable=True)
-    batch = drawn_batch(
-        args.width, args.height, args.num_frames or pipe.unet.config.num_frames, device
-    )
-    *_, ids = train_svd.condition(
-        pipe, batch["pixel_values"][:, 0], batch["fps"], batch["motion_bucket_id"], Drawn(device)
-    )
-    strength = ids[0, 2].item()  # the pipeline is told that of the trainer
-    stock = [by_pipeline(pipe, batch, strength, sigma) for sigma in tqdm(SIGMAS, desc="pipeline")]
-    unet_optimizations.speed_up(pipe.unet)  # as every trainer does
-    own = [by_trainer(pipe, batch, sigma, args) for sigma in tqdm(SIGMAS, desc="trainer")]
+    frames = synthetic_clips.make_clip(parity.SEED).frames
+    num_frames = args.num_frames or pipe.unet.config.num_frames
+    batch = parity.make_batch(frames, args.width, args.height, num_frames, device)
+    # the trainer draws the strength of the noise on the first frame; the pipeline gets the same
+    noise: Any = parity.FixedNoise(device)
+    conditioning = train_svd.encode_conditioning(pipe, batch, noise)
+    noise_aug_strength = conditioning.added_time_ids[0, 2].item()
+    stock = []
+    for sigma in tqdm(parity.SIGMAS, desc="pipeline"):
+        loss_weight: Any = train_svd.loss_weight(sigma)
+        stock.append(parity.pipeline_tensors(pipe, batch, sigma, noise_aug_strength, loss_weight))
+    unet_optimizations.speed_up(pipe.unet)  # the trainers use the optimized UNet
+    trainer = []
+    for sigma in tqdm(parity.SIGMAS, desc="trainer"):
+        trainer.append(trainer_tensors(pipe, batch, sigma, args))
+    rows = parity.compare_tensors(stock, trainer)
     print(f"{path}, diffusers {diffusers.__version__}, torch {torch.__version__}, {device}\n")
-    print(f"{'tensor':24}{'shape':16}{'largest value':>14}{'difference':>14}{'allowed':>12}")
-    first = None
-    for name, allowed in ALLOWED.items():
-        largest = max(s[name].abs().max().item() for s in stock)
-        off = max(
-            (s[name] - o[name].reshape(s[name].shape)).abs().max().item()
-            for s, o in zip(stock, own)
-        )
-        passed = off <= allowed * largest  # nan does not
-        first = first or (None if passed else name)
-        shape, answer = (
-            "x".join(map(str, stock[0][name].shape)) or "1",
-            "PASS" if passed else "FAIL",
-        )
-        print(f"{name:24}{shape:16}{largest:14.5g}{off:14.3g}{allowed * largest:12.3g}  {answer}")
-    print(
-        f"\nFAIL: {first} is the first that differs; what comes after it may follow from it"
-        if first
-        else "\nPASS"
-    )
-    return first
+    print(parity.format_parity_table(rows))
+    return parity.first_difference(rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -942,7 +891,7 @@ def main(flags: argparse.Namespace) -> int:
     """Run the evaluation or the parity check; returns the exit status."""
     args = resolve_args(flags)
     if args.parity:
-        return 0 if parity(args) is None else 1
+        return 0 if run_parity_check(args) is None else 1
     evaluate_models(args)
     return 0
 

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from datasets import open_dataset
 
 import evaluate_svd
 import infer_svd
@@ -20,7 +22,7 @@ import train_svd
 from svd_xtend.data.annotations import read_tracklets
 from svd_xtend.demo import synthetic_clips
 from svd_xtend.demo.tiny_svd import TINY_SVD
-from svd_xtend.evaluation import metrics
+from svd_xtend.evaluation import metrics, parity
 from svd_xtend.models import lora, precision
 from svd_xtend.models.loading import load_svd
 
@@ -109,81 +111,106 @@ def untrained(tmp_path_factory):
 
 
 @pytest.fixture
-def parity(monkeypatch, capsys):
-    """Name of the first tensor that differs, and what was printed."""
-    monkeypatch.setattr(evaluate_svd, "SIGMAS", (0.3,))
+def check_parity(monkeypatch, capsys):
+    """check_parity(): the name of the first tensor that differs, and what was printed."""
+    monkeypatch.setattr(parity, "SIGMAS", (0.3,))
 
-    def go():
-        first = evaluate_svd.parity(
-            resolve_args("--parity", "--width=64", "--height=48", "--num_frames=2")
-        )
+    def check():
+        args = resolve_args("--parity", "--width=64", "--height=48", "--num_frames=2")
+        first = evaluate_svd.run_parity_check(args)
         return first, capsys.readouterr().out
 
-    return go
+    return check
 
 
-def test_parity_holds_for_every_tensor(parity):
-    first, printed = parity()
-    assert first is None and printed.endswith("\nPASS\n") and "FAIL" not in printed
-    for name in evaluate_svd.ALLOWED:
-        assert any(
-            line.startswith(f"{name} ") and line.endswith("PASS") for line in printed.split("\n")
-        ), name
+def test_parity_holds_for_every_tensor(check_parity):
+    first, printed = check_parity()
+    assert first is None
+    assert printed.endswith("\nPASS\n")
+    assert "FAIL" not in printed
+    lines = printed.split("\n")
+    for name in parity.TOLERANCES:
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert line.endswith("PASS")
 
 
-FAULTS = [  # function of train_svd.py; what stands in it; what would be wrong there; the tensor that shows it
-    ("condition", "fps.float() - 1", "fps.float()", "added_time_ids"),
-    ("condition", ".latent_dist.mode() for", ".latent_dist.mode() * pipe.vae.config.scaling_factor for", "image_latents"),
-    ("condition", "embed_image(pipe, first_frame) if", "embed_image(pipe, noised) if", "image_embeds"),
-    ("condition", "motion_bucket_id.float(), noise_aug_strength", "noise_aug_strength, motion_bucket_id.float()", "image_latents"),
-    ("drop_conditioning", "image_latents * ~latents[:, None, None, None]", "image_latents", "dropped image_latents"),
-    ("drop_conditioning", "image_embeds * ~clip[:, None, None]", "image_embeds", "dropped image_embeds"),
+FAULTS = [  # (function of train_svd.py, its code, a fault in its place, the tensor that shows it)
+    ("encode_conditioning", "[fps - 1,", "[fps,", "added_time_ids"),
+    (
+        "encode_conditioning",
+        ".latent_dist.mode() for",
+        ".latent_dist.mode() * pipe.vae.config.scaling_factor for",
+        "image_latents",
+    ),
+    (
+        "encode_conditioning",
+        "embed_image(pipe, first_frame)",
+        "embed_image(pipe, noised)",
+        "image_embeds",
+    ),
+    (
+        "encode_conditioning",
+        "motion_bucket_id, noise_aug_strength]",
+        "noise_aug_strength, motion_bucket_id]",
+        "image_latents",
+    ),
+    (
+        "drop_conditioning",
+        "conditioning.image_latents * ~drops_latents[:, None, None, None]",
+        "conditioning.image_latents",
+        "dropped image_latents",
+    ),
+    (
+        "drop_conditioning",
+        "conditioning.image_embeds * ~drops_embeds[:, None, None]",
+        "conditioning.image_embeds",
+        "dropped image_embeds",
+    ),
     ("encode_video", " * vae.config.scaling_factor", "", "noisy_latents"),
     ("scalings", "c_noise = 0.25", "c_noise = 0.5", "c_noise"),
     ("scalings", "c_in = 1 / (sigma**2 + 1) ** 0.5", "c_in = 1 / (sigma**2 + 1)", "noisy_latents"),
     ("scalings", "c_skip = 1 / (sigma**2 + 1)", "c_skip = 1 / (sigma**2 + 2)", "denoised"),
-    ("svd_loss", "(eps - sigma * latents)", "(eps + sigma * latents)", "loss"),
-]  # fmt: skip
+    ("denoising_loss", "(eps - sigma * latents)", "(eps + sigma * latents)", "loss"),
+]
 
 
 @pytest.mark.parametrize(
-    "function, right, wrong, tensor", FAULTS, ids=[f"{f}: {w or r}" for f, r, w, _ in FAULTS]
+    "function, code, fault, tensor",
+    FAULTS,
+    ids=[f"{function}: {fault or code}" for function, code, fault, _ in FAULTS],
 )
 def test_parity_fails_and_names_the_tensor_that_is_wrong(
-    function, right, wrong, tensor, parity, monkeypatch
+    function, code, fault, tensor, check_parity, monkeypatch
 ):
     source = inspect.getsource(getattr(train_svd, function))
-    assert source.count(right) == 1
-    names = dict(vars(train_svd))
-    exec(source.replace(right, wrong), names)
-    monkeypatch.setattr(train_svd, function, names[function])
-    first, printed = parity()
-    assert first == tensor and f"\nFAIL: {tensor} is the first that differs" in printed
+    assert source.count(code) == 1
+    namespace = dict(vars(train_svd))
+    exec("from __future__ import annotations\n" + source.replace(code, fault), namespace)
+    monkeypatch.setattr(train_svd, function, namespace[function])
+    first, printed = check_parity()
+    assert first == tensor
+    assert f"\nFAIL: {tensor} is the first tensor that differs" in printed
 
 
-def test_parity_ends_with_one_where_something_differs(monkeypatch, capsys):
-    told = train_svd.condition
+def test_parity_exits_with_1_if_a_tensor_differs(monkeypatch, capsys):
+    encode_conditioning = train_svd.encode_conditioning
 
-    def wrong(*inputs):
-        embeds, latents, ids = told(*inputs)
-        return embeds, latents, ids + torch.tensor([1.0, 0, 0])
+    def wrong_fps(*inputs):
+        conditioning = encode_conditioning(*inputs)
+        wrong_ids = conditioning.added_time_ids + torch.tensor([1.0, 0, 0])
+        return replace(conditioning, added_time_ids=wrong_ids)
 
-    monkeypatch.setattr(train_svd, "condition", wrong)
+    monkeypatch.setattr(train_svd, "encode_conditioning", wrong_fps)
     assert run_script(monkeypatch, "--parity", "--width=32", "--height=32", "--num_frames=2") == 1
     assert "FAIL: added_time_ids" in capsys.readouterr().out
 
 
-def test_parity_as_the_user_runs_it_ends_with_zero():
-    command = [
-        sys.executable,
-        "evaluate_svd.py",
-        "--parity",
-        "--width=32",
-        "--height=32",
-        "--num_frames=2",
-    ]
+def test_parity_exits_with_0_as_its_user_runs_it():
+    flags = ["--parity", "--width=32", "--height=32", "--num_frames=2"]
+    command = [sys.executable, "evaluate_svd.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("PASS\n"), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("PASS\n")
 
 
 # ------------------------------------------------------------------------------------- agreement with run and infer_svd
@@ -371,7 +398,7 @@ def test_windows_are_the_first_of_each_clip_or_all_that_do_not_overlap(tmp_path)
     shutil.copytree(tmp_path / "roam0001", tmp_path / "short")
     for frame in sorted((tmp_path / "short").glob("*.png"))[5:]:
         frame.unlink()
-    data = train_svd.DummyDataset(tmp_path, 64, 48, 6, 7, 127, "crop")
+    data = open_dataset(tmp_path, 64, 48, 6, 7, 127, "crop")
 
     def windows(count):
         return [
@@ -379,7 +406,7 @@ def test_windows_are_the_first_of_each_clip_or_all_that_do_not_overlap(tmp_path)
         ]
 
     # the order of the validation loss
-    first, second = (data.clips[next(data.order.choices(i))].path.name[-1] for i in range(2))
+    first, second = (data.clips[next(data.sampler.choices(i))].path.name[-1] for i in range(2))
     assert windows(1) == [(first, 0)]
     assert windows(2) == [(first, 0), (second, 0)]
     assert windows(3) == [("0", 0), ("1", 0), ("1", 6)]
@@ -408,7 +435,7 @@ def test_training_clips_may_be_shorter_than_the_measured_windows(tuned, tmp_path
     args = resolve_args(
         "--tuned", tuned("lora"), "--num_frames=10", f"--validation_folder={tmp_path}"
     )
-    assert len(evaluate_svd.clips_of(args, PartialState(cpu=True))) == 2
+    assert len(evaluate_svd.load_validation_set(args, PartialState(cpu=True))) == 2
     assert args.num_frames == 10
 
 
@@ -431,7 +458,7 @@ def test_clips_that_were_trained_on_are_refused(tuned, clips):
     with pytest.raises(
         ValueError, match=f"^--validation_folder: {clips}/.* is among the training clips"
     ):
-        evaluate_svd.clips_of(args, PartialState(cpu=True))
+        evaluate_svd.load_validation_set(args, PartialState(cpu=True))
 
 
 def test_without_the_training_clips_the_validation_set_is_ranked_by_itself(tuned, tmp_path, caplog):
@@ -441,7 +468,7 @@ def test_without_the_training_clips_the_validation_set_is_ranked_by_itself(tuned
     (out / "args.json").write_text(json.dumps(run_args))
     args = resolve_args("--tuned", out)
     assert "motion_bucket_id is the rank of a clip's motion in the validation set" in caplog.text
-    assert len(evaluate_svd.clips_of(args, PartialState(cpu=True))) == 3
+    assert len(evaluate_svd.load_validation_set(args, PartialState(cpu=True))) == 3
 
 
 def test_a_validation_set_that_was_split_from_a_deleted_folder_is_an_error(tuned, tmp_path):
