@@ -37,8 +37,45 @@ LONGEST_FIRST = [
 ]
 
 
+# `-m "not slow"` leaves out what trains, starts processes or evaluates for long, by files, fixtures and names of tests.
+SLOW_FILES = {
+    "test_bench_loader.py",
+    "test_benchmarks.py",
+    "test_checkpoints.py",
+    "test_distributed.py",
+    "test_evaluate_svd.py",
+    "test_infer_svd.py",
+    "test_memory_count.py",
+    "test_prepare_data.py",
+    "test_trackers.py",
+}
+SLOW_FIXTURES = {"browser", "farm", "run"}
+SLOW_TESTS = {
+    "test_objects_follow_boxes_that_nothing_else_announces",
+    "test_shapes_move_where_they_point",
+    "test_the_vae_reconstructs_validation_clips",
+}
+# Training runs of a few steps that every edit should pass.
+FAST_RUNS = {
+    "test_a_stage_starts_where_the_last_one_ended",
+    "test_lora_checkpoint_holds_only_lora_and_infers_like_the_export",
+    "test_second_run_with_the_same_seed_is_bit_identical",
+}
+
+
+def is_slow(item):
+    """Return whether a test belongs to the slow part."""
+    if item.originalname in FAST_RUNS:
+        return False
+    uses_slow_fixture = not SLOW_FIXTURES.isdisjoint(item.fixturenames)
+    return item.path.name in SLOW_FILES or item.originalname in SLOW_TESTS or uses_slow_fixture
+
+
 def pytest_collection_modifyitems(items):
-    """Files that take minutes first: else one process ends with them while the other has nothing left."""
+    """Mark slow tests, and sort files that take minutes to the front: both processes then end at about the same time."""
+    for item in items:
+        if is_slow(item):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: (LONGEST_FIRST + [item.path.name]).index(item.path.name))
 
 
