@@ -1022,7 +1022,7 @@ def finish(run: TrainingRun, before: list[RenderedClip], after: list[RenderedCli
             run.recipe.export(run.pipe, run.unet, args)
     if accelerator.is_main_process:
         if after:
-            rows = [
+            rows: list[dict[str, Any]] = [
                 {
                     "first frame": base.first_frame,
                     "base": base.frames,

@@ -212,6 +212,7 @@ def validation_boxes(
     They come from --validation_tracklets, or from the video that the image is a frame of.
     """
     size = load_picture(validation_input.image).size
+    boxes: Tracklets | None
     if args.validation_tracklets:
         file = args.validation_tracklets[position]
         boxes = find_picture_tracklets(file, validation_input.image, size)
@@ -222,7 +223,7 @@ def validation_boxes(
         in_base_folder = clip.parent in [Path(folder).absolute() for folder in args.base_folder]
         boxes = find_clip_tracklets(clip, args.tracklets, size, is_only_video=in_base_folder)
     if not boxes:
-        return boxes
+        return None
     return tracklets.fit_to_picture(
         boxes, size, args.width, args.height, args.resize_mode, frame_indices, args.max_objects
     )

@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -752,7 +752,7 @@ def public_parameters(adapter: BoxAdapter) -> dict[str, Tensor]:
 
 
 def save_box_control(
-    adapter: BoxAdapter, folder: str | Path, unet_parameters: dict[str, Tensor] | None = None
+    adapter: BoxAdapter, folder: str | Path, unet_parameters: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write `folder`/tracklet_weights.safetensors in float32: the adapter and its configuration.
 

@@ -192,7 +192,7 @@ def confidence_interval(differences: Sequence[float] | np.ndarray) -> Interval:
     return float(mean), float(mean - reach), float(mean + reach)
 
 
-def mean_by_source(values: np.ndarray, sources: Sequence) -> np.ndarray:
+def mean_by_source(values: np.ndarray, sources: Sequence | np.ndarray) -> np.ndarray:
     """Return the means (sources, ...) over the clips (n, ...) of each source video.
 
     Clips of one video are not independent, so the statistics are over videos.
