@@ -51,6 +51,16 @@ def private_memory() -> float:
     return kib / 1024
 
 
+def flush_index(root: str) -> int:
+    """Write the index file to disk, and return its size in bytes.
+
+    Otherwise the pages that a loader process maps would count as written by it.
+    """
+    with open(folder_index.index_file(root), "rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
 def look_up_samples(clips: ClipCollection, answer: multiprocessing.Queue) -> None:
     """Look up clips as a loader process does.
 
@@ -92,7 +102,7 @@ def measure(num_videos: int, num_frames: int, parent: str | None) -> dict[str, A
             began = time.perf_counter()
             clips = ClipCollection(root, spec)
             seconds[name] = time.perf_counter() - began
-        index_bytes = folder_index.index_file(root).stat().st_size
+        index_bytes = flush_index(root)
         for start_method in START_METHODS:
             per_sample, grown, private = measure_loader(clips, start_method)
             seconds[f"a sample's clip, {start_method}"] = per_sample
