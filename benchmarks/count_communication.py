@@ -1,6 +1,6 @@
 """What each GPU sends in a step and holds of the training state, by strategy, for 8, 64, 512 GPUs that are not there.
 
-    python benchmarks/count_communication.py                              # the table of the README; 12 minutes on 2 cores
+    python benchmarks/count_communication.py                              # the table of docs/multi-gpu.md; 12 minutes on 2 cores
     python benchmarks/count_communication.py --gpus 8 --method lora
 
 FSDP2 is counted: a step of SVD's full-size UNet runs as one process of so many, over tensors without data and a process
