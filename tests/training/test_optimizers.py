@@ -1,8 +1,9 @@
-"""Optimizers with smaller state: torchao's, installed beside for these tests."""
+"""Optimizers with small state, by torchao, which these tests install into a folder of their own."""
 
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,20 +17,10 @@ SMALL = ["--train_params", "conv_in", "up_blocks.1.attentions.0.temporal_transfo
 
 @pytest.fixture(scope="module")
 def torchao(tmp_path_factory):
-    """torchao from the package registry, which is not among the project's requirements; eager, not compiled."""
+    """Install torchao, which the project does not require; run it eagerly, not compiled."""
     folder = tmp_path_factory.mktemp("torchao")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(folder),
-        "torchao",
-    ]
-    if subprocess.run(pip).returncode:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    if subprocess.run([*pip, "--target", str(folder), "torchao"]).returncode:
         pytest.skip("torchao cannot be installed here")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
@@ -37,6 +28,18 @@ def torchao(tmp_path_factory):
         import torchao.optim
 
         yield torchao.optim
+
+
+def make_args(adam_epsilon=None, **flags):
+    """Return the flags that an optimizer is made from."""
+    return SimpleNamespace(
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_weight_decay=0.0,
+        adam_epsilon=adam_epsilon,
+        seed=1,
+        **flags,
+    )
 
 
 def weights(folder, step):
@@ -61,13 +64,12 @@ def test_bf16_training_resumes_to_the_bit_and_its_rounding_is_keyed_by_the_step(
     whole, halves = (weights(tmp_path / name, 4) for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert all(torch.equal(w, w.bfloat16().float()) for w in whole.values())
-    averages = load_file(tmp_path / "whole" / "checkpoint-4" / "ema.safetensors")
-    assert any(
-        not torch.equal(w, w.bfloat16().float()) for w in averages.values()
-    )  # they are kept in float32
+    ema_weights = load_file(tmp_path / "whole" / "checkpoint-4" / "ema.safetensors")
+    is_float32 = [not torch.equal(w, w.bfloat16().float()) for w in ema_weights.values()]
+    assert any(is_float32)
 
 
-def test_8_bit_averages_resume_to_the_bit(torchao, run, tmp_path):
+def test_8_bit_moments_resume_to_the_bit(torchao, run, tmp_path):
     flags = [
         "--optimizer=adamw8bit",
         "--checkpointing_steps=2",
@@ -82,20 +84,20 @@ def test_8_bit_averages_resume_to_the_bit(torchao, run, tmp_path):
     run("--max_train_steps=4", *flags, output_dir=tmp_path / "halves")
     whole, halves = (weights(tmp_path / name, 4) for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
-    states = torch.load(tmp_path / "whole" / "checkpoint-4" / "state.pt", weights_only=True)[
-        "optimizer"
-    ]
-    assert {type(v).__name__ for state in states.values() for v in state.values()} >= {
-        "OptimState8bit"
-    }
+    saved = torch.load(tmp_path / "whole" / "checkpoint-4" / "state.pt", weights_only=True)
+    types = set()
+    for state in saved["optimizer"].values():
+        types |= {type(value).__name__ for value in state.values()}
+    assert "OptimState8bit" in types
 
 
 def test_rounding_is_up_or_down_and_right_on_average(torchao):
-    """Ten steps of 1e-3 of bf16's spacing each move some weights by all of it, and their mean by what is asked."""
+    """Ten steps of 1 % of bf16's spacing move some weights by all of it, and the mean by 10 %."""
     p = torch.nn.Parameter(torch.ones(64, 1024, dtype=torch.bfloat16))
     rate = 2**-7 / 100
-    args = type("args", (), dict(optimizer="adamw_bf16_sr", mixed_precision="bf16", learning_rate=rate, adam_beta1=0.9, adam_beta2=0.999,
-                                 adam_weight_decay=0.0, adam_epsilon=1e-8, seed=1))  # fmt: skip
+    args = make_args(
+        optimizer="adamw_bf16_sr", mixed_precision="bf16", learning_rate=rate, adam_epsilon=1e-8
+    )
     optimizer = optimizers.make_optimizer({"p": p}, args)
     for _ in range(10):
         p.grad = -torch.ones_like(p)
@@ -104,13 +106,13 @@ def test_rounding_is_up_or_down_and_right_on_average(torchao):
     assert p.float().mean().item() - 1 == pytest.approx(10 * rate, rel=0.05)
 
 
-def test_8_bit_averages_learn_what_32_bit_ones_do(torchao, run, tmp_path):
-    """At torch's own epsilon of 1e-8 the largest difference was 0.24: see runs.OPTIMIZERS."""
+def test_8_bit_moments_learn_what_32_bit_ones_do(torchao, run, tmp_path):
+    """At torch's own epsilon of 1e-8 the largest difference was 0.24: see optimizers.OPTIMIZERS."""
     for name in ("adamw", "adamw8bit"):
         flags = [f"--optimizer={name}", "--checkpointing_steps=6", "--adam_epsilon=1e-6", *SMALL]
         run("--max_train_steps=6", *flags, output_dir=tmp_path / name)
-    named = [weights(tmp_path / name, 6) for name in ("adamw", "adamw8bit")]
-    full, small = (torch.cat([w.flatten() for w in tensors.values()]) for tensors in named)
+    full = torch.cat([w.flatten() for w in weights(tmp_path / "adamw", 6).values()])
+    small = torch.cat([w.flatten() for w in weights(tmp_path / "adamw8bit", 6).values()])
     assert 0 < (full - small).abs().max() < 6e-3  # six steps of 1e-3
 
 
@@ -131,12 +133,10 @@ def test_bf16_weights_need_bf16_arithmetic(run):
 
 
 def test_adamw_is_fused_on_a_gpu_but_leaves_overflows_to_fp16s_scaler(monkeypatch):
-    """accelerate learns that a step was skipped from its not being taken; a fused step is always taken, and skips inside."""
+    """accelerate notices a skipped step by the call that is missing; a fused step skips inside."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    told = dict(optimizer="adamw", learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0,
-                adam_epsilon=None, seed=1)  # fmt: skip
     for precision, fused in (("bf16", True), ("no", True), ("fp16", False)):
-        args = type("args", (), {**told, "mixed_precision": precision})
+        args = make_args(optimizer="adamw", mixed_precision=precision, learning_rate=1e-3)
         optimizer = optimizers.make_optimizer({"p": torch.nn.Parameter(torch.ones(4))}, args)
         assert optimizer.defaults["fused"] == fused
         assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
