@@ -1,12 +1,12 @@
 """Check a folder of videos before training, extract frames, convert annotations, or split a folder.
 
     python prepare_data.py check data/mine                           # list and check clips
-    python prepare_data.py frames film.mp4 more/ data/mine --scenes  # videos -> folders of frames
+    python prepare_data.py frames a.mp4 more/ data/mine --scenes     # videos -> folders of frames
     python prepare_data.py tracklets labels.json data/mine           # annotations -> tracklets.json
     python prepare_data.py split data/mine data/halves               # -> train/ and held_out/
 
 Trainers read video files directly. Extract frames to edit them, or to split videos that hold
-several scenes. Running the same command again does only what is missing.
+several scenes. Running `check` or `frames` again does only what is missing.
 """
 
 from __future__ import annotations
