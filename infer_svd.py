@@ -1,22 +1,38 @@
-"""Animate pictures: image -> mp4, gif and contact sheet.
+"""Animate images with Stable Video Diffusion: each becomes an mp4, a gif and a contact sheet.
 
-    python infer_svd.py --image photo.jpg                                            # the embedded SVD
-    python infer_svd.py --pretrained_model_name_or_path outputs/svd --image a.jpg b.jpg --width 512 --height 320
+    python infer_svd.py --image photo.jpg                   # the embedded SVD
     python infer_svd.py --pretrained_model_name_or_path /path/to/weight --lora outputs/lora --image photo.jpg
-    python infer_svd.py --image photo.jpg --tracklets path.json                      # objects follow boxes
 
-Weights: any SVD, a full export, a checkpoint over its base (--checkpoint, --ema), a LoRA over its base (--lora).
+    python infer_svd.py --pretrained_model_name_or_path outputs/svd --image a.jpg b.jpg --width 512 --height 320
+    python infer_svd.py --image photo.jpg --tracklets path.json     # objects follow boxes
+
+The base model is any SVD, also one that train_svd.py wrote. Over it you can load a LoRA (--lora), a
+checkpoint of a training run (--checkpoint, --ema), and box control (--tracklet_weights, --tracklets).
 """
+
+from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from svd_xtend.data import annotations, images, tracklets
+from svd_xtend.data import images, tracklets
+from svd_xtend.data.annotations import find_picture_tracklets, write_tracklets
 from svd_xtend.demo.tiny_svd import TINY_BOXES, TINY_SVD
 from svd_xtend.inference import pipeline, video_writer
+from svd_xtend.training import flag_types
+
+if TYPE_CHECKING:
+    from diffusers import StableVideoDiffusionPipeline
+    from PIL import Image
+
+    from svd_xtend.data.tracklets import Tracklets
+    from svd_xtend.models.box_control import BoxAdapter
 
 
-def load_pipeline(args):
+def load_pipeline(
+    args: argparse.Namespace,
+) -> tuple[StableVideoDiffusionPipeline, BoxAdapter | None]:
     """Return the pipeline with all weights that the flags name, and its box control or None."""
     return pipeline.load_pipeline(
         args.pretrained_model_name_or_path,
@@ -31,92 +47,135 @@ def load_pipeline(args):
     )
 
 
-def read_boxes(args, path, file, num_frames, slots):
-    """The tracklets in `file` as the picture at `path` shows them after resizing."""
-    size = images.picture_size([path])
-    own = annotations.find_picture_tracklets(file, path, size)
+def read_boxes(
+    args: argparse.Namespace, image_path: str, annotation_file: str, num_frames: int, slots: int
+) -> Tracklets:
+    """Read the boxes of an image from its annotation file, as the resized image shows them."""
+    size = images.picture_size([image_path])
+    boxes = find_picture_tracklets(annotation_file, image_path, size)
     return tracklets.fit_to_picture(
-        own, size, args.width, args.height, args.resize_mode, range(num_frames), slots
+        boxes, size, args.width, args.height, args.resize_mode, range(num_frames), slots
     )
 
 
-def main(args):
-    """Load once, then render every image."""
+def animate(
+    pipe: StableVideoDiffusionPipeline,
+    box_control: BoxAdapter | None,
+    image: Image.Image,
+    boxes: Tracklets | None,
+    num_frames: int,
+    args: argparse.Namespace,
+) -> list[Image.Image]:
+    """Return the frames of a video that begins with `image`. With box control, objects follow `boxes`."""
     import torch
 
-    pipe, adapter = load_pipeline(args)
-    num_frames, steps = args.num_frames or pipe.unet.config.num_frames, args.num_inference_steps
-    files = args.tracklets * len(args.image) if len(args.tracklets) == 1 else args.tracklets
+    callback = None
+    if box_control is not None and boxes is not None:
+        box_control.set(boxes.grow_soft_boxes())
+        callback = box_control.scheduled_sampling(args.box_tau, args.num_inference_steps)
+    return pipe(
+        image,
+        height=args.height,
+        width=args.width,
+        num_frames=num_frames,
+        num_inference_steps=args.num_inference_steps,
+        min_guidance_scale=args.min_guidance_scale,
+        max_guidance_scale=args.max_guidance_scale,
+        fps=args.fps,
+        motion_bucket_id=args.motion_bucket_id,
+        noise_aug_strength=args.noise_aug_strength,
+        decode_chunk_size=args.decode_chunk_size,
+        generator=torch.Generator().manual_seed(args.seed),
+        callback_on_step_end=callback,
+    ).frames[0]
+
+
+def write_videos(
+    stem: Path, frames: list[Image.Image], boxes: Tracklets | None, fps: float
+) -> None:
+    """Write a video; if it has boxes, also one that shows them, and the boxes for scoring."""
+    video_writer.write_clip(stem, frames, fps)
+    message = f"wrote {stem}.mp4, .gif, .png"
+    if boxes is not None:
+        with_boxes = f"{stem}_boxes"
+        video_writer.write_clip(with_boxes, tracklets.beside_boxes(frames, boxes), fps)
+        write_tracklets(f"{with_boxes}.json", boxes)
+        message += f", and {with_boxes}.mp4, .gif, .png, .json with the boxes drawn in"
+    print(message)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load the model once, then animate every image."""
+    pipe, box_control = load_pipeline(args)
+    num_frames = args.num_frames or pipe.unet.config.num_frames
+    annotation_files = args.tracklets
+    if len(annotation_files) == 1:
+        annotation_files = annotation_files * len(args.image)
     for i, path in enumerate(args.image):
         image = images.load_image(path, args.width, args.height, args.resize_mode)
-        boxes = (
-            read_boxes(args, path, files[i], num_frames, adapter.config["slots"])
-            if adapter
-            else None
-        )
-        if adapter:
-            adapter.set(boxes.grow_soft_boxes())
-        frames = pipe(
-            image, args.height, args.width, num_frames, steps, fps=args.fps,
-            min_guidance_scale=args.min_guidance_scale, max_guidance_scale=args.max_guidance_scale,
-            motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength,
-            decode_chunk_size=args.decode_chunk_size, generator=torch.Generator().manual_seed(args.seed),
-            callback_on_step_end=adapter and adapter.scheduled_sampling(args.box_tau, steps),
-        ).frames[0]  # fmt: skip
-        stem = Path(args.output_dir, images.clip_name(path))
-        video_writer.write_clip(stem, frames, args.fps)
-        if boxes:
-            video_writer.write_clip(
-                f"{stem}_boxes", tracklets.beside_boxes(frames, boxes), args.fps
-            )
-            annotations.write_tracklets(
-                f"{stem}_boxes.json", boxes
-            )  # as the clip shows them, to score it by
-        print(f"{stem}.mp4 .gif .png" + f", {stem}_boxes with the boxes in view" * bool(boxes))
+        boxes = None
+        if box_control is not None:
+            slots = box_control.config["slots"]
+            boxes = read_boxes(args, path, annotation_files[i], num_frames, slots)
+        frames = animate(pipe, box_control, image, boxes, num_frames, args)
+        write_videos(Path(args.output_dir, images.clip_name(path)), frames, boxes, args.fps)
 
 
-def build_parser():
-    """Flags: weights, pictures, sampling."""
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of this script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # fmt: off
-    parser.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="Hub name or folder of an SVD, a full export included; default: the embedded one")
-    parser.add_argument("--revision", help="Hub revision of it")
-    parser.add_argument("--checkpoint", help="checkpoint folder of a training on that SVD, full or LoRA")
-    parser.add_argument("--ema", action="store_true", help="the checkpoint's moving averages instead of its weights")
-    parser.add_argument("--lora", help="pytorch_lora_weights.safetensors, or its folder")
-    parser.add_argument("--lora_scale", type=float, default=1.0, help="0: the base; 1: as trained")
-    parser.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the module at work: for small GPUs")
-    parser.add_argument("--tracklets", nargs="+", default=[], metavar="FILE", help="boxes that the objects are to follow: one annotation file for each image, or one for all")
-    parser.add_argument("--tracklet_weights", default=str(TINY_BOXES), help="output of train_svd_tracklet.py on that SVD; default: the embedded one's")
-    parser.add_argument("--box_guidance_scale", type=float, default=1.0, help="how much farther to go in the boxes' direction; other than 1 takes half as long again; default: %(default)s")
-    parser.add_argument("--box_tau", type=float, default=1.0, help="heed the boxes in this first part of the sampling steps (GLIGEN's scheduled sampling); default: %(default)s")
-    parser.add_argument("--image", nargs="+", required=True, help="pictures to animate")
-    parser.add_argument("--output_dir", default="outputs/infer", help="default: %(default)s")
-    parser.add_argument("--width", type=int, default=64, help="pixels, a multiple of 8; 1024 or 512 for SVD; default: %(default)s")
-    parser.add_argument("--height", type=int, default=48, help="pixels, a multiple of 8; 576 or 320 for SVD; default: %(default)s")
-    parser.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="cover and crop the centre, or ignore the aspect ratio")
-    parser.add_argument("--num_frames", type=int, help="default: the model's")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps; default: %(default)s")
-    parser.add_argument("--min_guidance_scale", type=float, default=1.0, help="guidance of the first frame; default: %(default)s")
-    parser.add_argument("--max_guidance_scale", type=float, default=3.0, help="guidance of the last frame; default: %(default)s")
-    parser.add_argument("--fps", type=float, default=7, help="frames a second, of the conditioning and of the files; default: %(default)s")
-    parser.add_argument("--motion_bucket_id", type=float, default=127, help="0 to 255, more moves more; default: %(default)s")
-    parser.add_argument("--noise_aug_strength", type=float, default=0.02, help="noise on the picture: more is less like it and moves more; default: %(default)s")
-    parser.add_argument("--decode_chunk_size", type=int, default=8, help="frames decoded at once; lower when out of memory")
-    parser.add_argument("--seed", type=int, default=111, help="default: %(default)s")
+    g = parser.add_argument_group("model")
+    g.add_argument("--pretrained_model_name_or_path", default=str(TINY_SVD), help="base model: Hub name or folder of an SVD; default: the embedded one")
+    g.add_argument("--revision", help="its revision on the Hub")
+    g.add_argument("--checkpoint", help="checkpoint folder of a training run on that base model, full or LoRA")
+    g.add_argument("--ema", action="store_true", help="use the EMA weights of --checkpoint")
+    g.add_argument("--lora", help="pytorch_lora_weights.safetensors, or its folder")
+    g.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA; 0: base model, 1: as trained; default: %(default)s")
+    g.add_argument("--cpu_offload", action="store_true", help="keep only the module that is running on the GPU, for small GPUs; slower")
+
+    g = parser.add_argument_group("box control")
+    g.add_argument("--tracklets", nargs="+", default=[], metavar="FILE", help="boxes that objects follow: one annotation file for each image, or one for all")
+    g.add_argument("--tracklet_weights", default=str(TINY_BOXES), help="--output_dir of train_svd_tracklet.py on that base model; default: that of the embedded SVD")
+    g.add_argument("--box_guidance_scale", type=float, default=1.0, help="strength of guidance by boxes; any value but 1 takes 1.5 times as long; default: %(default)s")
+    g.add_argument("--box_tau", type=float, default=1.0, help="share of the sampling steps, from the first on, that use the boxes (GLIGEN's scheduled sampling); default: %(default)s")
+
+    g = parser.add_argument_group("input and output")
+    g.add_argument("--image", nargs="+", required=True, help="images to animate")
+    g.add_argument("--output_dir", default="outputs/infer", help="default: %(default)s")
+    g.add_argument("--width", type=flag_types.multiple_of_8, default=64, help="pixels, a multiple of 8; 1024 or 512 for SVD; default: %(default)s")
+    g.add_argument("--height", type=flag_types.multiple_of_8, default=48, help="pixels, a multiple of 8; 576 or 320 for SVD; default: %(default)s")
+    g.add_argument("--resize_mode", choices=["crop", "stretch"], default="crop", help="crop: cover and crop the centre; stretch: ignore the aspect ratio; default: %(default)s")
+
+    g = parser.add_argument_group("sampling")
+    g.add_argument("--num_frames", type=flag_types.positive_int, help="default: that of the base model")
+    g.add_argument("--num_inference_steps", type=flag_types.positive_int, default=25, help="sampling steps; default: %(default)s")
+    g.add_argument("--min_guidance_scale", type=float, default=1.0, help="guidance scale of the first frame; default: %(default)s")
+    g.add_argument("--max_guidance_scale", type=float, default=3.0, help="guidance scale of the last frame; default: %(default)s")
+    g.add_argument("--fps", type=flag_types.positive_float, default=7, help="frames per second that the model is conditioned on, and of the video; default: %(default)s")
+    g.add_argument("--motion_bucket_id", type=float, default=127, help="0 to 255; a higher value means more motion; default: %(default)s")
+    g.add_argument("--noise_aug_strength", type=float, default=0.02, help="noise on the image; more of it means more motion and less likeness; default: %(default)s")
+    g.add_argument("--decode_chunk_size", type=flag_types.positive_int, default=8, help="frames that the VAE decodes at once; lower it on out-of-memory; default: %(default)s")
+    g.add_argument("--seed", type=int, default=111, help="default: %(default)s")
     # fmt: on
     return parser
 
 
-if __name__ == "__main__":
+def parse_args() -> argparse.Namespace:
+    """Parse the command line, and check that flags fit together."""
     parser = build_parser()
     args = parser.parse_args()
-    if len(args.tracklets) not in (0, 1, len(args.image)):
+    num_files = len(args.tracklets)
+    if num_files not in (0, 1, len(args.image)):
         parser.error(
-            f"--tracklets: {len(args.tracklets)} files for {len(args.image)} images; pass one for each, or one"
+            f"--tracklets: expected 1 file or {len(args.image)}, one for each --image; got {num_files}"
         )
     if args.ema and not args.checkpoint:
-        parser.error("--ema: averages are in checkpoints; pass --checkpoint")
-    main(args)
+        parser.error("--ema: only checkpoints have EMA weights; pass --checkpoint")
+    return args
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,6 +1,7 @@
-"""Draw the embedded SVD's training curves from the logs of `python -m svd_xtend.tiny --output_dir RUN`.
+"""Draw curves.png: the training curves of the embedded SVD.
 
-pip install matplotlib && python .asset/make_curves.py RUN        # -> .asset/curves.png
+python -m svd_xtend.demo.tiny_svd --output_dir RUN     # trains it
+python .asset/make_curves.py RUN
 """
 
 import json
@@ -13,24 +14,29 @@ import numpy as np
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+SMOOTHING_WINDOW = 50  # steps
+
+
+def read_rows(file: Path) -> list[dict]:
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 run = Path(sys.argv[1])
-vae, unet = (
-    [json.loads(line) for line in (run / name).read_text().splitlines()]
-    for name in ("vae_metrics.jsonl", "trained/metrics.jsonl")
-)
+vae = read_rows(run / "vae_metrics.jsonl")
+unet = read_rows(run / "trained" / "metrics.jsonl")
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+
 left.plot([row["step"] for row in vae], [row["psnr"] for row in vae], "o-")
-left.set(title="VAE: reconstruction of held-out clips", xlabel="step", ylabel="PSNR, dB")
+left.set(title="VAE: reconstruction of validation clips", xlabel="step", ylabel="PSNR, dB")
+
 loss = np.array([row["loss"] for row in unet])
+kernel = np.ones(SMOOTHING_WINDOW) / SMOOTHING_WINDOW
+smoothed = np.convolve(loss, kernel, "valid")
 right.plot(loss, alpha=0.2)
-window = 50
-right.plot(
-    np.arange(window - 1, len(loss)),
-    np.convolve(loss, np.ones(window) / window, "valid"),
-    color="C0",
-)
+right.plot(np.arange(SMOOTHING_WINDOW - 1, len(loss)), smoothed, color="C0")
 right.set(
-    title=f"UNet: training loss (mean of {window} steps)",
+    title=f"UNet: training loss (mean of {SMOOTHING_WINDOW} steps)",
     xlabel="step",
     ylabel="|F - v|²",
     ylim=(0, 1),

@@ -1,4 +1,4 @@
-"""infer_svd.py: pictures in, videos out."""
+"""infer_svd.py: images in, videos out."""
 
 import subprocess
 import sys
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def probe(path):
+    """(frame rate, number of frames, size) of a video."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         return (
@@ -26,24 +27,19 @@ def probe(path):
         )
 
 
-def test_infer_renders_several_images_as_the_user_runs_it(clips, tmp_path):
+def test_it_renders_several_images_as_its_user_runs_it(clips, tmp_path):
     pictures = [str(clips / f"fall000{i}" / "000.png") for i in range(2)]
-    command = [
-        sys.executable,
-        "infer_svd.py",
-        "--image",
-        *pictures,
-        f"--output_dir={tmp_path}",
-        "--num_inference_steps=2",
-        "--fps=5",
-    ]
+    flags = [f"--output_dir={tmp_path}", "--num_inference_steps=2", "--fps=5"]
+    command = [sys.executable, "infer_svd.py", "--image", *pictures, *flags]
     subprocess.run(command, cwd=ROOT, check=True)
     for name in ("fall0000_000", "fall0001_000"):
-        assert probe(tmp_path / f"{name}.mp4")[:2] == (5, 8)
-        assert (tmp_path / f"{name}.gif").exists() and (tmp_path / f"{name}.png").exists()
+        rate, count, _ = probe(tmp_path / f"{name}.mp4")
+        assert (rate, count) == (5, 8)
+        assert (tmp_path / f"{name}.gif").exists()
+        assert (tmp_path / f"{name}.png").exists()
 
 
-def test_infer_takes_a_full_checkpoint_its_averages_and_the_export(run):
+def test_it_loads_a_checkpoint_its_ema_weights_and_the_exported_model(run):
     out = run("--max_train_steps=2", "--use_ema", "--train_params", "conv_out")
     unets = {}
     for name, ema in (("trained", False), ("ema", True)):
@@ -51,10 +47,11 @@ def test_infer_takes_a_full_checkpoint_its_averages_and_the_export(run):
         pipeline.load_checkpoint(unet, out / "checkpoint-2", ema)
         unets[name] = unet.conv_out.weight
     exported = load_svd(str(out), torch.float32).unet.conv_out.weight
-    assert torch.equal(exported, unets["ema"]) and not torch.equal(exported, unets["trained"])
+    assert torch.equal(exported, unets["ema"])
+    assert not torch.equal(exported, unets["trained"])
 
 
-def test_infer_names_what_is_missing(run, tmp_path):
+def test_errors_name_the_file_that_is_missing(run):
     out = run("--max_train_steps=1", "--train_params", "conv_out")
     unet = load_svd(str(TINY_SVD), torch.float32).unet
     with pytest.raises(
