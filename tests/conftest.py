@@ -47,13 +47,23 @@ SLOW_FILES = {
     "test_infer_svd.py",
     "test_memory_count.py",
     "test_prepare_data.py",
+    "test_safety.py",
     "test_trackers.py",
 }
-SLOW_FIXTURES = {"browser", "farm", "run"}
+SLOW_FIXTURES = {"browser", "farm", "run", "torchao"}
 SLOW_TESTS = {
+    "test_a_changed_checkout_says_so",
+    "test_a_folder_without_a_run_gives_an_error_of_one_line",
+    "test_accelerate_launch_six_steps_then_resume",
+    "test_half_precision_weights_have_half_the_size_and_load",
     "test_objects_follow_boxes_that_nothing_else_announces",
+    "test_out_of_memory_ends_with_one_message_of_flags_to_add",
+    "test_outside_of_git_there_is_no_commit",
     "test_shapes_move_where_they_point",
     "test_the_vae_reconstructs_validation_clips",
+    "test_train_does_not_write_to_the_flags_that_it_is_given",
+    "test_two_processes_share_the_videos_and_write_the_same_cache",
+    "test_wrong_questions_are_one_clear_error",
 }
 # Training runs of a few steps that every edit should pass.
 FAST_RUNS = {
