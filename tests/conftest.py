@@ -52,17 +52,25 @@ SLOW_FILES = {
 }
 SLOW_FIXTURES = {"browser", "farm", "run", "torchao"}
 SLOW_TESTS = {
+    "test_a_box_layer_soon_learns_what_is_inside_its_boxes",
     "test_a_changed_checkout_says_so",
     "test_a_folder_without_a_run_gives_an_error_of_one_line",
     "test_accelerate_launch_six_steps_then_resume",
+    "test_compiled_blocks_give_the_same_and_never_fall_back",
     "test_half_precision_weights_have_half_the_size_and_load",
+    "test_inference_heeds_the_boxes_and_shows_them_beside_the_clean_clip",
     "test_objects_follow_boxes_that_nothing_else_announces",
     "test_out_of_memory_ends_with_one_message_of_flags_to_add",
     "test_outside_of_git_there_is_no_commit",
+    "test_scheduled_sampling_uses_the_boxes_in_the_first_tau_of_the_steps",
     "test_shapes_move_where_they_point",
+    "test_signals_save_a_checkpoint_and_leave_with_a_message",
+    "test_the_losses_of_video_files_agree_too_and_in_every_size_bucket",
     "test_the_vae_reconstructs_validation_clips",
+    "test_thirty_kinds_of_bad_files_are_named_and_left_out",
     "test_train_does_not_write_to_the_flags_that_it_is_given",
     "test_two_processes_share_the_videos_and_write_the_same_cache",
+    "test_what_is_not_in_the_table_is_counted",
     "test_wrong_questions_are_one_clear_error",
 }
 # Training runs of a few steps that every edit should pass.
