@@ -1,10 +1,13 @@
-"""How long a training step waits for a checkpoint: for the copy in the CPU's memory, not for the disk.
+"""Measure how long a training step waits for a checkpoint: for a copy to CPU memory, not the disk.
 
-    python benchmarks/bench_save.py                 # 0.5 GiB of weights, with their averages and an EMA 2 GiB
-    python benchmarks/bench_save.py --GiB 5.5       # as much as all of SVD's UNet has; four times that in memory, twice
+    python benchmarks/bench_save.py              # 0.5 GiB of weights; with moments and EMA 2 GiB
+    python benchmarks/bench_save.py --GiB 5.5    # SVD's UNet; needs 8 times that in memory
 
-The copy alone and Saver.save take turns; on a GPU both read from it. Prints a table, and one JSON document on its last line.
+Alternates between the copy alone and CheckpointManager.save. Prints a table, and one JSON document
+on the last line.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -14,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,20 +26,24 @@ from accelerate import Accelerator
 
 from svd_xtend.training import checkpoints, distributed
 
-
-class Averages:
-    """What Saver asks of an EMAModel."""
-
-    def __init__(self, parameters):
-        self.shadow_params, self.optimization_step = [p.detach().clone() for p in parameters], 1
+GIB = 2**30
+WIDTH = 1280  # of a square weight: the widest layers of SVD's UNet
 
 
-def made(gib):
-    """(accelerator, model, optimizer with its averages, schedule, EMA) of so much weight, in tensors as large as SVD's."""
+class FakeEMA:
+    """The attributes of diffusers' EMAModel that CheckpointManager reads."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.shadow_params = [p.detach().clone() for p in parameters]
+        self.optimization_step = 1
+
+
+def make_training_state(gib: float) -> tuple[Accelerator, Any, Any, Any, FakeEMA]:
+    """Return (accelerator, model, optimizer, schedule, EMA) with `gib` GiB of float32 weights."""
     accelerator = Accelerator()
-    count = max(1, round(gib * 2**30 / (4 * 1280 * 1280)))
+    count = max(1, round(gib * GIB / (4 * WIDTH * WIDTH)))
     model = torch.nn.ParameterList(
-        [torch.randn(1280, 1280, device=accelerator.device) for _ in range(count)]
+        [torch.randn(WIDTH, WIDTH, device=accelerator.device) for _ in range(count)]
     )
     optimizer = torch.optim.AdamW(model.parameters())
     for p in model:
@@ -44,56 +52,68 @@ def made(gib):
     optimizer.zero_grad()
     model, optimizer = accelerator.prepare(model, optimizer)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer)
-    return accelerator, accelerator.unwrap_model(model), optimizer, schedule, Averages(model)
+    return accelerator, accelerator.unwrap_model(model), optimizer, schedule, FakeEMA(model)
 
 
-def copy_all(model, optimizer, ema):
-    """The copy that no checkpoint can do without."""
-    states = [v for state in optimizer.state.values() for v in state.values()]
-    return [distributed.gather_tensor(t) for t in [*model, *states, *ema.shadow_params]]
+def copy_all(model: Any, optimizer: Any, ema: FakeEMA) -> list[torch.Tensor | None]:
+    """Copy everything to CPU memory: the part of a save that a step has to wait for."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return [distributed.gather_tensor(tensor) for tensor in [*model, *states, *ema.shadow_params]]
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     """Measure and print."""
-    accelerator, model, optimizer, schedule, ema = made(args.GiB)
-    rows = {"copy": [], "save": [], "written": []}
+    accelerator, model, optimizer, schedule, ema = make_training_state(args.GiB)
+    seconds: dict[str, list[float]] = {"copy": [], "save": [], "written": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as out:
-        saver = checkpoints.CheckpointManager(accelerator, out, 1, model, optimizer, schedule, ema)
-        for i in range(args.rounds + 1):
-            began = time.perf_counter()
-            kept = copy_all(model, optimizer, ema)
-            copied = time.perf_counter()
-            del kept
-            started = time.perf_counter()
-            saver.save({"step": i + 1, "samples": i, "seed": 0})
-            saved = time.perf_counter()
-            saver.finish()
-            if i:  # the first one warms up
-                rows["copy"].append(copied - began)
-                rows["save"].append(saved - started)
-                rows["written"].append(time.perf_counter() - started)
-        size = (
-            sum(f.stat().st_size for f in Path(out, f"checkpoint-{args.rounds + 1}").iterdir())
-            / 2**30
+        manager = checkpoints.CheckpointManager(
+            accelerator,
+            out,
+            1,
+            model,
+            optimizer,
+            schedule,
+            ema,  # type: ignore[arg-type]
         )
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    )
-    median = {name: statistics.median(values) for name, values in rows.items()}
-    ratio = statistics.median(s / c for s, c in zip(rows["save"], rows["copy"]))
+        for i in range(args.rounds + 1):
+            copy_start = time.perf_counter()
+            copies = copy_all(model, optimizer, ema)
+            copy_end = time.perf_counter()
+            del copies
+            save_start = time.perf_counter()
+            manager.save({"step": i + 1, "samples": i, "seed": 0})
+            save_end = time.perf_counter()
+            manager.finish()
+            written = time.perf_counter()
+            if i > 0:  # the first round is the warm-up
+                seconds["copy"].append(copy_end - copy_start)
+                seconds["save"].append(save_end - save_start)
+                seconds["written"].append(written - save_start)
+        files = Path(out, f"checkpoint-{args.rounds + 1}").iterdir()
+        size = sum(file.stat().st_size for file in files) / GIB
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{os.cpu_count()} CPU cores"
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [save / copy for save, copy in zip(seconds["save"], seconds["copy"])]
+    ratio = statistics.median(ratios)
     print(f"{size:.2f} GiB, {device}, median of {args.rounds}")
-    print(
-        f"  copy to the CPU's memory    {median['copy']:8.3f} s\n  the loop waits for a save   {median['save']:8.3f} s, {ratio:.2f} of the copy"
-    )
+    print(f"  copy to CPU memory          {median['copy']:8.3f} s")
+    print(f"  a step waits for a save     {median['save']:8.3f} s, {ratio:.2f} of the copy")
     print(f"  until it is on disk         {median['written']:8.3f} s")
-    print(json.dumps({"GiB": size, "device": device, "ratio": ratio, **rows}))
+    print(json.dumps({"GiB": size, "device": device, "ratio": ratio, **seconds}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--GiB", type=float, default=0.5, help="of weights; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
-    parser.add_argument("--folder", help="where to write; default: the system's temporary folder")
+    parser.add_argument(
+        "--GiB", type=float, default=0.5, help="weights, in GiB; default: %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="measurements; default: %(default)s")
+    parser.add_argument(
+        "--folder", help="folder to write to; default: the system's temporary folder"
+    )
     main(parser.parse_args())

@@ -230,12 +230,13 @@ def gathered_weights(accelerator: Accelerator, unet: nn.Module) -> Iterator[None
 # ------------------------------------------------------------------- whole tensors of all processes
 
 
-# torch.distributed.checkpoint.state_dict (get_ and set_optimizer_state_dict, torch 2.13) does not serve:
-# - set_ fills a new optimizer by calling its step() once. That advances the noise of stochastic rounding
-#   (optimizers.RoundingSeeder), and gives parameters that had no gradient yet a state of step 1.
-# - get_ with cpu_offload returns tensors that are in CPU memory already as they are, such as Adam's
-#   `step`, while the thread that writes the checkpoint needs a copy; set_ keeps the mapped file's tensors.
-# - set_ restores the options of the checkpoint's run (learning rate, betas); here this run's are kept.
+# Why not get_optimizer_state_dict and set_optimizer_state_dict of torch.distributed.checkpoint:
+# - set_ fills a new optimizer by calling its step() once. That advances the noise of stochastic
+#   rounding (optimizers.RoundingSeeder), and gives parameters that had no gradient yet a step of 1.
+# - get_ with cpu_offload does not copy tensors that are in CPU memory already, such as Adam's
+#   `step`, but the thread that writes the checkpoint needs copies. set_ keeps tensors that are
+#   mapped from the file, which may be deleted.
+# - set_ restores the options of the checkpoint's run (learning rate, betas). Here this run's stay.
 
 
 def gather_tensor(tensor: Any, keep: bool = True) -> torch.Tensor | None:
