@@ -135,7 +135,7 @@ def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(
     for file in (tmp_path / "some").glob("*/tracklets.json"):
         file.unlink()
     with pytest.raises(
-        ValueError, match="^--tracklets .*: no boxes for any video; expected a file naming roam0000"
+        ValueError, match="^--tracklets .*: no boxes for any video. Expected a file that names roam0000"
     ):
         dataset(tmp_path / "some")
     with pytest.raises(ValueError, match=r"tracklets.json: the file: expected JSON"):
