@@ -594,7 +594,7 @@ def evaluate_models(args: argparse.Namespace) -> None:
             flush=True,
         )
     data: Any = None
-    held: Any = None
+    validation: Any = None
     losses = {}
     clips: dict[int, EvaluatedClip] = {}
     # the tuned model first: if its weights do not load, the user learns it at once
@@ -607,21 +607,21 @@ def evaluate_models(args: argparse.Namespace) -> None:
             networks, left_out = load_networks(args.num_frames, process)
         with run_record.output_errors(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        if held is None:
-            held = make_validation_loss(data, args, pipe, process)
-        held.pipe = pipe
-        losses[column] = measure_losses(column, model, held, process)
+        if validation is None:
+            validation = make_validation_loss(data, args, pipe, process)
+        validation.pipe = pipe
+        losses[column] = measure_losses(column, model, validation, process)
         rendered = render_clips(column, pipe, model, data, args, networks, process)
         merge_columns(clips, gather_object(rendered))
         # free the memory before the next model is loaded
-        held.pipe = None
+        validation.pipe = None
         del pipe, model
     if process.is_main_process:
         measured = []
         for clip_index in sorted(clips):
             if losses.keys() <= clips[clip_index].metrics.keys():
                 measured.append(clips[clip_index])
-        write_results(args, held, losses, measured, left_out)
+        write_results(args, validation, losses, measured, left_out)
     process.end_training()
 
 
@@ -639,14 +639,14 @@ def merge_columns(clips: dict[int, EvaluatedClip], rendered: Iterable[EvaluatedC
 
 def write_results(
     args: argparse.Namespace,
-    held: Any,
+    validation: Any,
     losses: dict[str, np.ndarray],
     clips: list[EvaluatedClip],
     left_out: dict[str, str],
 ) -> None:
     """Write evaluation.json, figures.png, comparison.gif and comparison.png; print the table.
 
-    held: ValidationLoss. losses: {"base", "tuned"}, each (clips, noise levels). Raises ValueError if no clip could be read.
+    validation: ValidationLoss. losses: {"base", "tuned"}, each (clips, noise levels). Raises ValueError if no clip could be read.
     """
     if not clips:
         folders = args.validation_folder or args.base_folder
@@ -656,7 +656,7 @@ def write_results(
     comparison = None
     if "tuned" in losses:
         comparison = validation_loss.compare_losses(
-            held.sigmas, losses["base"], losses["tuned"], held.sources
+            validation.sigmas, losses["base"], losses["tuned"], validation.sources
         )
     deviations = deviations_from_protocol(args, len(clips))
     num_sources = len({clip.source for clip in clips})
@@ -673,7 +673,7 @@ def write_results(
         "size": [args.width, args.height],
         "held_out": comparison,
         "base_loss": losses["base"].mean(0).tolist(),
-        "sigma": held.sigmas,
+        "sigma": validation.sigmas,
         "metrics": table,
         "left_out": left_out,
         "by_clip": [{"clip": clip.name, **clip.metrics} for clip in clips],

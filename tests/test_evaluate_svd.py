@@ -221,8 +221,8 @@ def test_the_losses_are_those_that_the_run_measured(kind, tuned, monkeypatch):
     """Of the run's result, which is its EMA weights; of its last checkpoint; of that checkpoint's EMA weights."""
     measured = {}
 
-    def keep_losses(args, held, losses, *_):
-        measured.update(losses, sigma=held.sigmas)
+    def keep_losses(args, validation, losses, *_):
+        measured.update(losses, sigma=validation.sigmas)
 
     out = tuned(kind)
     monkeypatch.setattr(evaluate_svd, "render_clips", lambda *_: [])
