@@ -5,8 +5,8 @@ Run as a program, it reads jobs from standard input, one JSON document per line:
     {argv, env, world: number of processes, log: file, metrics: file,
      kill: seconds after the first new row of `metrics` until a process is killed, or null}
 
-and answers each with {codes: exit codes, seconds}. FSDP2 and DeepSpeed run on the CPU over gloo, which
-accelerate itself does not allow.
+and answers each with {codes: exit codes, seconds}. FSDP2 and DeepSpeed run on the CPU over gloo,
+which accelerate itself does not allow.
 """
 
 import importlib

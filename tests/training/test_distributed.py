@@ -1,4 +1,4 @@
-"""Many processes: each engine, as its file in configs/accelerate/ sets it up, trains what one process would."""
+"""Several processes train what one process would, under each engine of configs/accelerate/."""
 
 import json
 import os
@@ -31,31 +31,23 @@ PLAIN = [
     "--width=64", "--height=48", "--num_workers=0", "--vae_encode_chunk=8", "--seed=1", "--mixed_precision=no",
     "--num_inference_steps=1",
 ]  # fmt: skip
-FULL = ["train_svd.py", *PLAIN, "--use_ema", "--lr_scheduler=constant", "--lr_warmup_steps=3", "--learning_rate=1e-4",
-        "--checkpointing_steps=2"]  # fmt: skip
+FULL = [
+    "train_svd.py", *PLAIN, "--use_ema", "--lr_scheduler=constant", "--lr_warmup_steps=3", "--learning_rate=1e-4",
+    "--checkpointing_steps=2",
+]  # fmt: skip
 PICTURES = ["--max_train_steps=4", "--validation_steps=4"]
 
 
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory):
-    """Folder with DeepSpeed, from the package registry; None where it cannot be installed."""
+    """Folder with DeepSpeed, from the package registry; None if it cannot be installed."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--target",
-        str(folder),
-        "--no-deps",
-        "--no-build-isolation",
-    ]
-    done = subprocess.run(
-        [*pip, "deepspeed", "hjson", "py-cpuinfo", "msgpack"],
-        env={**os.environ, "DS_BUILD_OPS": "0"},
-    )
-    return None if done.returncode else folder
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+    options = ["--no-deps", "--no-build-isolation"]
+    packages = ["deepspeed", "hjson", "py-cpuinfo", "msgpack"]
+    env = {**os.environ, "DS_BUILD_OPS": "0"}
+    result = subprocess.run([*pip, *options, *packages], env=env)
+    return folder if result.returncode == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -76,44 +68,50 @@ def needs(deepspeed):
 
 @pytest.fixture(scope="module")
 def alone(farm, clips, tmp_path_factory):
-    """Folder of a run of one process with batches of two."""
+    """Output folder of a run of one process with batches of two."""
     out = tmp_path_factory.mktemp("alone") / "run"
     farm.run(*FULL, *PICTURES, f"--base_folder={clips}", "--per_gpu_batch_size=2", output_dir=out)
     return out
 
 
-def distance(a, b):
-    """Relative distance of two sets of weights."""
-    assert a.keys() == b.keys()
-    between = sum((a[name] - b[name]).double().square().sum() for name in a).sqrt()
-    return float(between / sum(b[name].double().square().sum() for name in b).sqrt())
+def norm_of(tensors):
+    return sum(tensor.double().square().sum() for tensor in tensors).sqrt()
 
 
-def assert_same_run(a, b):
-    """Weights and averages within 1e-6; and that these moved by much more, so that to be equal says something."""
+def distance(weights, reference):
+    """Return the relative distance of two sets of weights."""
+    assert weights.keys() == reference.keys()
+    differences = [weights[name] - reference[name] for name in weights]
+    return float(norm_of(differences) / norm_of(reference.values()))
+
+
+def read_rows(out):
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(out, expected):
+    """Weights and EMA weights are within 1e-6, and training has moved them by much more than that."""
     for file in ("trained.safetensors", "ema.safetensors"):
-        ends = [load_file(run / "checkpoint-4" / file) for run in (a, b)]
-        assert distance(*ends) < 1e-6, file
+        weights = load_file(out / "checkpoint-4" / file)
+        expected_weights = load_file(expected / "checkpoint-4" / file)
+        assert distance(weights, expected_weights) < 1e-6, file
     base = dict(load_svd(str(TINY_SVD), torch.float32).unet.named_parameters())
-    ends = load_file(b / "checkpoint-4" / "trained.safetensors")
-    assert distance(ends, {name: base[name].detach() for name in ends}) > 1e-4
-    rows = [
-        [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()][-2:]
-        for run in (a, b)
-    ]
-    for one, other in zip(*rows):
+    trained = load_file(expected / "checkpoint-4" / "trained.safetensors")
+    assert distance(trained, {name: base[name].detach() for name in trained}) > 1e-4
+    for row, expected_row in zip(read_rows(out)[-2:], read_rows(expected)[-2:]):
         for key in ("step", "loss", "lr", "grad_norm"):
-            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+            assert row[key] == pytest.approx(expected_row[key], rel=1e-4), key
 
 
-# ------------------------------------------------------------------------------------------------------------- engines
+# ------------------------------------------------------------------------------------------ engines
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_process_goes_on_from_what_two_saved(farm, needs, engine, alone, clips, tmp_path):
-    """And ends where one that was alone from the start does, with twice the batch."""
+def test_one_process_resumes_what_two_saved(farm, needs, engine, alone, clips, tmp_path):
+    """And ends where a run of one process with twice the batch does."""
     needs(engine)
-    flags, out = [*FULL, "--validation_steps=0", f"--base_folder={clips}"], tmp_path / "out"
+    out = tmp_path / "out"
+    flags = [*FULL, "--validation_steps=0", f"--base_folder={clips}"]
     farm.run(*flags, "--max_train_steps=2", engine=engine, world=2, output_dir=out)
     _, printed, _ = farm.run(
         *flags, "--max_train_steps=4", "--per_gpu_batch_size=2", output_dir=out
@@ -123,7 +121,7 @@ def test_one_process_goes_on_from_what_two_saved(farm, needs, engine, alone, cli
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_go_on_from_what_one_saved_render_and_export(
+def test_two_processes_resume_what_one_saved_render_and_export(
     farm, needs, engine, alone, clips, tmp_path
 ):
     needs(engine)
@@ -134,17 +132,18 @@ def test_two_processes_go_on_from_what_one_saved_render_and_export(
     )
     assert "resumed from" in printed
     assert_same_run(out, alone)
-    exported, averages = (load_file(out / file) for file in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-4/ema.safetensors"))  # fmt: skip
-    assert all(torch.equal(exported[name], averages[name]) for name in averages)
+    exported = load_file(out / "unet/diffusion_pytorch_model.safetensors")
+    ema_weights = load_file(out / "checkpoint-4/ema.safetensors")
+    assert all(torch.equal(exported[name], ema_weights[name]) for name in ema_weights)
     for name in ("validation/step000004_fall0000_000.png", "comparison.png"):
-        pictures = [np.asarray(Image.open(folder / name)).astype(int) for folder in (out, alone)]
-        assert abs(pictures[0] - pictures[1]).max() <= 2
+        picture, expected = (np.asarray(Image.open(run / name)).astype(int) for run in (out, alone))
+        assert abs(picture - expected).max() <= 2
 
 
 @pytest.mark.skipif(not fast_bf16(), reason="no bfloat16 here")
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_half_precision_frozen_in_bf16_trained_in_float32(farm, needs, engine, clips, tmp_path):
-    """As the files in configs/accelerate/ have it. Rounding differs with the batch: the same loss, much the same step."""
+    """As in configs/accelerate/. Rounding depends on the batch, so gradients differ a little."""
     needs(engine)
     flags = [
         "train_svd_lora.py",
@@ -152,21 +151,23 @@ def test_half_precision_frozen_in_bf16_trained_in_float32(farm, needs, engine, c
         f"--base_folder={clips}",
         "--mixed_precision=bf16",
         "--validation_steps=0",
+        "--max_train_steps=2",
+        "--learning_rate=1e-3",
     ]
-    flags += ["--max_train_steps=2", "--learning_rate=1e-3"]
     farm.run(*flags, engine=engine, world=2, output_dir=tmp_path / "two")
     farm.run(*flags, "--gradient_accumulation_steps=2", output_dir=tmp_path / "one")
-    one, two = ([json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two"))  # fmt: skip
-    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-3)
-    assert [row["grad_norm"] for row in one] == pytest.approx(
-        [row["grad_norm"] for row in two], rel=1e-2
-    )
+    one = read_rows(tmp_path / "one")
+    two = read_rows(tmp_path / "two")
+    for key, tolerance in (("loss", 1e-3), ("grad_norm", 1e-2)):
+        expected = pytest.approx([row[key] for row in two], rel=tolerance)
+        assert [row[key] for row in one] == expected
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
 def test_lora_under_accumulation(farm, engine, clips, tmp_path):
-    """Two processes that accumulate two clips each: the LoRA of one process with four at once, also where each goes on from
-    what the other saved."""
+    """Two processes that accumulate two clips each train the LoRA of one process with four at once.
+
+    Also if each resumes what the other saved."""
     flags = [
         "train_svd_lora.py",
         *PLAIN,
@@ -195,13 +196,12 @@ def test_lora_under_accumulation(farm, engine, clips, tmp_path):
 
 @pytest.fixture(scope="module")
 def boxed_alone(farm, boxed_clips, tmp_path_factory):
-    """(flags, folder) of a run with box control, its gates open, of one process with batches of two."""
-    folder, adapter = (
-        tmp_path_factory.mktemp("boxed"),
-        new_box_control(load_svd(str(TINY_SVD), torch.float32).unet),
-    )
+    """(flags, output folder) of a run of one process with box control, open gates, batches of two."""
+    folder = tmp_path_factory.mktemp("boxed")
+    adapter = new_box_control(load_svd(str(TINY_SVD), torch.float32).unet)
     for name, p in adapter.named_parameters():
-        p.data += 0.5 if "alpha" in name else 0
+        if "alpha" in name:
+            p.data += 0.5
     save_box_control(adapter, folder)
     flags = ["train_svd_tracklet.py", *PLAIN, f"--base_folder={boxed_clips}", f"--tracklet_weights={folder}",
              "--gradient_checkpointing=nested", "--max_train_steps=2", "--validation_steps=2", "--lr_warmup_steps=0"]  # fmt: skip
@@ -211,7 +211,7 @@ def boxed_alone(farm, boxed_clips, tmp_path_factory):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_box_control(farm, needs, engine, boxed_alone, tmp_path):
-    """Under checkpointing, and the last picture with boxes in view."""
+    """With activation checkpointing, and a validation that shows the boxes."""
     needs(engine)
     flags, alone = boxed_alone
     farm.run(*flags, engine=engine, world=2, output_dir=tmp_path / "two")
@@ -223,7 +223,7 @@ def test_box_control(farm, needs, engine, boxed_alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "engine, precision, flags, told",
+    "engine, precision, flags, message",
     [
         ("DEEPSPEED", "fp16", {}, "--mixed_precision fp16: not with DeepSpeed"),
         (
@@ -237,21 +237,15 @@ def test_box_control(farm, needs, engine, boxed_alone, tmp_path):
         ("FSDP", "bf16", {"offload_activations": True}, "--offload_activations: not with FSDP2"),
     ],
 )
-def test_engines_refuse_what_they_would_do_wrong(engine, precision, flags, told):
-    args = SimpleNamespace(
-        **{
-            "mixed_precision": precision,
-            "optimizer": "adamw",
-            "offload_activations": False,
-            **flags,
-        }
-    )
-    with pytest.raises(ValueError, match=f"^{told}"):
+def test_flags_that_do_not_work_with_an_engine_are_errors(engine, precision, flags, message):
+    defaults = {"optimizer": "adamw", "offload_activations": False}
+    args = SimpleNamespace(mixed_precision=precision, **{**defaults, **flags})
+    with pytest.raises(ValueError, match=f"^{message}"):
         distributed.check_engine(SimpleNamespace(distributed_type=engine), args)
     distributed.check_engine(SimpleNamespace(distributed_type="MULTI_GPU"), args)
 
 
-# -------------------------------------------------------------------------------------------------------- fail together
+# ------------------------------------------------------------------------------------ fail together
 
 SCRIPT = """
 import os, sys
@@ -267,7 +261,8 @@ train_svd.train(train_svd.parse(train_svd.build_parser()), train_svd.Recipe(loss
 """
 
 
-def go(farm, tmp_path, clips, rank, what, steps=4, **how):
+def train_two(farm, tmp_path, clips, rank, what, steps=4):
+    """Train on two processes; in the third step, process `rank` runs the statement `what`."""
     (tmp_path / "script.py").write_text(SCRIPT.format(rank=rank, what=what))
     flags = [*PLAIN, f"--base_folder={clips}", "--train_params", "conv_out", "--validation_steps=0"]
     flags += ["--checkpointing_steps=1", f"--max_train_steps={steps}"]
@@ -278,24 +273,23 @@ def go(farm, tmp_path, clips, rank, what, steps=4, **how):
         world=2,
         output_dir=tmp_path / "out",
         ok=False,
-        **how,
     )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_in_one_process_ends_both_with_its_message(farm, tmp_path, clips, rank):
-    codes, printed, seconds = go(farm, tmp_path, clips, rank, 'raise ValueError("a broken clip")')
+    what = 'raise ValueError("a broken clip")'
+    codes, printed, seconds = train_two(farm, tmp_path, clips, rank, what)
     assert codes == [1, 1] and seconds < 60
     assert "ValueError: a broken clip" in printed
-    if (
-        rank
-    ):  # process 0 hosts the store here, and takes it along; with a launcher, the launcher does
+    if rank == 1:
+        # Process 0 hosts the store here, and the store ends with it. A launcher would host it.
         assert "process 1 on" in printed and "process 0 ends with it" in printed
     assert [p.name for p in find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_processes_that_find_other_videos_do_not_start(farm, tmp_path, clips):
-    """A folder that is being filled, or that not all machines see: samples would be drawn twice, others never."""
+def test_processes_that_see_different_videos_do_not_start(farm, tmp_path, clips):
+    """A folder that is being filled, or that differs between machines: samples would repeat or miss."""
     shutil.copytree(clips, tmp_path / "fuller")
     shutil.copytree(clips / "fall0000", tmp_path / "fuller" / "one_more")
     script = SCRIPT.format(rank=0, what="pass").replace(
@@ -304,8 +298,14 @@ def test_processes_that_find_other_videos_do_not_start(farm, tmp_path, clips):
     )
     (tmp_path / "script.py").write_text(script)
     flags = [*PLAIN, f"--base_folder={clips}", "--validation_steps=0", "--max_train_steps=1"]
-    how = dict(engine="ddp", world=2, output_dir=tmp_path / "out", ok=False)
-    codes, printed, _ = farm.run(tmp_path / "script.py", *flags, **how)
+    codes, printed, _ = farm.run(
+        tmp_path / "script.py",
+        *flags,
+        engine="ddp",
+        world=2,
+        output_dir=tmp_path / "out",
+        ok=False,
+    )
     assert (
         codes == [1, 1]
         and "ValueError: --base_folder: the processes see different files there" in printed
@@ -332,10 +332,10 @@ def test_under_a_launcher_the_others_name_the_one_that_failed(tmp_path, clips):
     assert "process 0 on" in done.stderr and "process 1 ends with it" in done.stderr
 
 
-def test_a_process_that_waits_for_one_that_failed_and_hangs_is_ended_too(farm, tmp_path, clips):
-    """The connection stays open, as a GPU's does: nothing but the message tells the other."""
+def test_a_process_that_waits_for_a_failed_one_that_hangs_is_ended_too(farm, tmp_path, clips):
+    """The connection stays open, as a GPU's does: only the message reaches the other process."""
     what = 'sys.excepthook(ValueError, ValueError("stuck"), None); import time; time.sleep(100)'
-    codes, printed, seconds = go(farm, tmp_path, clips, 1, what)
+    codes, printed, seconds = train_two(farm, tmp_path, clips, 1, what)
     assert codes == [1, 1] and seconds < 60
     assert (
         "process 1 on" in printed and "failed: ValueError: stuck\nprocess 0 ends with it" in printed
@@ -343,30 +343,33 @@ def test_a_process_that_waits_for_one_that_failed_and_hangs_is_ended_too(farm, t
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step_with_a_checkpoint(farm, tmp_path, clips):
-    codes, printed, _ = go(farm, tmp_path, clips, 1, f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    codes, printed, _ = train_two(
+        farm, tmp_path, clips, 1, f"os.kill(os.getpid(), {int(signal.SIGTERM)})"
+    )
     assert (
-        codes == [143, 143] and "stopped at step 3; the same command continues from there" in printed
+        codes == [143, 143]
+        and "stopped at step 3; the same command continues from there" in printed
     )
     assert read_progress(find_checkpoints(tmp_path / "out")[-1])["step"] == 3
-    codes, printed, _ = go(farm, tmp_path, clips, 1, "pass")
+    codes, printed, _ = train_two(farm, tmp_path, clips, 1, "pass")
     assert codes == [0, 0] and "resumed from" in printed
 
 
 def test_one_process_killed_ends_the_other_and_the_run_resumes_to_the_same_weights(
     farm, tmp_path, clips
 ):
-    codes, *_ = go(farm, tmp_path, clips, 1, f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
+    codes, *_ = train_two(farm, tmp_path, clips, 1, f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
-    go(farm, tmp_path, clips, 1, "pass")
+    train_two(farm, tmp_path, clips, 1, "pass")
     resumed = load_file(tmp_path / "out" / "checkpoint-4" / "trained.safetensors")
     shutil.rmtree(tmp_path / "out")
-    go(farm, tmp_path, clips, 1, "pass")
+    train_two(farm, tmp_path, clips, 1, "pass")
     whole = load_file(tmp_path / "out" / "checkpoint-4" / "trained.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def cpu_config(tmp_path):
-    """multi_node.yaml, for CPUs."""
+    """Write a copy of multi_node.yaml for CPUs, and return its path."""
     config = tmp_path / "cpu.yaml"
     text = (ROOT / "configs/accelerate/multi_node.yaml").read_text()
     config.write_text(text.replace("use_cpu: false", "use_cpu: true"))
@@ -374,7 +377,7 @@ def cpu_config(tmp_path):
 
 
 def test_two_machines_train_as_one(tmp_path, clips):
-    """Two launchers that find each other, as on two machines; each has one process."""
+    """Two launchers with one process each find each other, as on two machines."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -403,8 +406,8 @@ def test_two_machines_train_as_one(tmp_path, clips):
 
 
 def test_the_slurm_script_saves_before_its_time_is_up_and_queues_itself_again(tmp_path, clips):
-    """With stand-ins for srun, which kills its command where it is itself told to end, as SLURM's does, for scancel, which
-    signals the command, and for scontrol, which notes what it is asked."""
+    """With stand-ins for SLURM's commands: srun kills its command if it gets a signal itself, scancel
+    signals the command, scontrol records its arguments."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "srun").write_text(
@@ -441,8 +444,8 @@ def test_the_slurm_script_saves_before_its_time_is_up_and_queues_itself_again(tm
         process.terminate()  # to the batch script alone, as --signal=B: does
         process.wait(120)
     printed = (tmp_path / "log").read_text()
-    assert "2 process(es)" in printed and "the same command continues from there" in printed, printed[
-        -3000:
-    ]
+    assert "2 process(es)" in printed and "the same command continues from there" in printed, (
+        printed[-3000:]
+    )
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     assert len(find_checkpoints(out)) == 1
