@@ -329,7 +329,14 @@ def load_validation_set(args: argparse.Namespace, process: Any) -> Any:
     with process.main_process_first():  # it lists the folders, the others read its list
         train_svd.ensure_demo(args.base_folder)
         training_set = train_svd.load_training_set(args, train_svd.DummyDataset, training_spec)
-        validation_set = train_svd.load_validation_set(args, make_dataset, spec, training_set.clips)
+        validation_set = train_svd.load_validation_set(
+            args,
+            make_dataset,
+            spec,
+            training_set.clips,
+            # without the training clips of the run, the validation folder stands in for them
+            check_overlap=args.base_folder is not args.validation_folder,
+        )
     distributed.check_same_on_all_processes("--validation_folder", validation_set.clips.digest())
     return validation_set
 

@@ -8,8 +8,9 @@
         --learning_rate=1e-5 --lr_warmup_steps=0 --seed=123 --mixed_precision="fp16" \\
         --validation_steps=200
 
-A frame reaches the loss through DummyDataset -> encode_video and encode_conditioning ->
-drop_conditioning -> denoising_loss -> train_step. To continue a stopped run, give the same command again.
+DummyDataset reads the frames of a clip. train_step calls training_loss, which calls encode_video,
+encode_conditioning and drop_conditioning, and at last denoising_loss, the method itself.
+To continue a stopped run, give the same command again.
 train_svd_lora.py and train_svd_tracklet.py use the same loop with a `Recipe` of their own.
 """
 
@@ -68,6 +69,8 @@ if TYPE_CHECKING:  # `-h` answers at once because torch is imported only where i
 
 # Your folder of videos: video files, or folders of frames. data/demo is drawn when it is first used.
 base_folder = "data/demo"
+
+EMA_DECAY = 0.9999  # of the trained weights, per step
 
 logger = logging.getLogger("svd_xtend")
 
@@ -144,7 +147,7 @@ class DummyDataset:
         """Return the part of an item that comes from these frames of a clip.
 
         Override this to add to an item. A `control` entry, a dict of arrays, reaches the model as
-        keyword arguments.
+        keyword arguments. index: the global sample index, to key the random draws of a subclass.
         """
         width, height = clip.size or (self.spec.width, self.spec.height)
         if self.latent_cache:
@@ -365,7 +368,7 @@ def denoising_loss(
 ) -> Tensor:
     """Return the EDM loss (b,) of clean latents at noise levels sigma (b,) under noise eps.
 
-    lambda(sigma) |D(x + sigma eps) - x|^2, Karras et al. 2022, Eq. 8. latents and eps:
+    lambda(sigma) |D(latents + sigma eps) - latents|^2, Karras et al. 2022, Eq. 8. latents and eps:
     (b, f, 4, h/8, w/8). pixel_weight: (b, f, 1, h/8, w/8) of mean 1, or 1.
     """
     import torch
@@ -382,14 +385,15 @@ def denoising_loss(
         **conditioning.control,
     )
     F_x = output.sample.float()
-    # With c_out^2 in front, lambda |c_skip x + c_out F - y|^2 becomes |F - v|^2: no cancellation.
+    # D - latents = c_out (F - v). It is computed in this form because at small sigma the difference
+    # of D and the latents would lose digits to cancellation.
     v = c_in * (eps - sigma * latents)
     return (loss_weight(sigma) * c_out**2 * (F_x - v) ** 2 * pixel_weight).mean((1, 2, 3, 4))
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What `training_loss` draws from.
+    """The settings of `training_loss`.
 
     seed: keys all noise. P_mean, P_std: log sigma ~ N(P_mean, P_std^2). dropout: see
     `drop_conditioning`. vae_encode_chunk: frames that the VAE encodes at once.
@@ -444,8 +448,8 @@ def loss_at_sigma(
     noise = SampleNoise(seed, batch["index"], batch["pixel_values"].device)
     latents = encode_video(pipe.vae, batch["pixel_values"], noise, moments=batch["moments"])
     conditioning = encode_conditioning(pipe, batch, noise)
-    # Training draws dropout and sigma here. Drawing them too keeps eps, and with it the validation
-    # losses of runs of earlier versions, as it was.
+    # Draw and discard what training_loss draws here. eps is then the one of older runs, so that their
+    # validation losses stay comparable.
     noise.uniform()
     noise.normal()
     eps = noise.normal(*latents.shape[1:])
@@ -514,7 +518,7 @@ def render_validation(
 def export_pipeline(pipe: StableVideoDiffusionPipeline, unet, args: argparse.Namespace) -> None:
     """Write the trained SVD as a folder that StableVideoDiffusionPipeline.from_pretrained loads.
 
-    Frozen weights are those of the base model, not as they were rounded for training.
+    Frozen weights are loaded again in float32, because training may have rounded them.
     """
     import torch
 
@@ -532,9 +536,9 @@ def export_pipeline(pipe: StableVideoDiffusionPipeline, unet, args: argparse.Nam
 def select_parameters(
     unet: UNetSpatioTemporalConditionModel, args: argparse.Namespace
 ) -> UNetSpatioTemporalConditionModel:
-    """Let the parameters train whose names contain one of --train_params; by default all.
+    """Train the parameters whose names contain one of --train_params; by default all.
 
-    Parameters without an effect on the output never train.
+    Parameters without an effect on the output are never trained.
     """
     unet.requires_grad_(False)
     effective = {
@@ -560,8 +564,8 @@ class Recipe:
 
     make_dataset: (clips, sampler, spec, seed=, latent_cache=) -> dataset.
     prepare_unet: (unet, args) -> model, with requires_grad set on what trains.
-    prepare_batch: (batch, pipe) -> batch on the device, with what the loss needs besides.
-    loss: (model, pipe, batch, LossOptions) -> (b,).
+    prepare_batch: (batch, pipe) -> batch on the device, with further entries for the loss.
+    loss: (model, pipe, batch, LossOptions) -> (b,). The validation loss stays `loss_at_sigma`.
     validate: (pipe, model, step, args) -> rendered clips.
     export: (pipe, model, args) -> None, writes the result to args.output_dir.
     """
@@ -622,11 +626,15 @@ def set_up(args: argparse.Namespace) -> tuple[Accelerator, Path | None, argparse
 
 @dataclass
 class Models:
-    """The pipeline, the UNet that trains (with its adapters), and what trains of it."""
+    """The pipeline, its UNet with adapters, and the parameters that train.
+
+    num_frames: of a clip, by --num_frames or else by the model.
+    """
 
     pipe: StableVideoDiffusionPipeline
     unet: torch.nn.Module
-    trained: dict[str, torch.nn.Parameter]
+    trained_by_name: dict[str, torch.nn.Parameter]
+    num_frames: int
     memory: memory_estimate.MemoryMonitor
 
 
@@ -638,7 +646,8 @@ def load_models(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
         args.pretrained_model_name_or_path, torch.float32, args.revision, args.pretrain_unet
     )
     unet = recipe.prepare_unet(unet_optimizations.speed_up(pipe.unet), args)
-    args = replace_args(args, num_frames=args.num_frames or pipe.unet.config.num_frames)
+    num_frames = args.num_frames or pipe.unet.config.num_frames
+    args = replace_args(args, num_frames=num_frames)
     memory = memory_estimate.MemoryMonitor(args, unet, recipe.prepare_unet, pipe, device)
     if args.compile:
         unet_optimizations.compile_blocks(unet)
@@ -651,10 +660,10 @@ def load_models(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
         unet,
         args.mixed_precision,
         device,
-        not args.latent_cache,
-        optimizers.OPTIMIZERS[args.optimizer].weight_dtype,
+        whole_encoders=not args.latent_cache,
+        master_dtype=optimizers.OPTIMIZERS[args.optimizer].weight_dtype,
     )
-    return Models(pipe, unet, loading.trainable_parameters(unet), memory)
+    return Models(pipe, unet, loading.trainable_parameters(unet), num_frames, memory)
 
 
 def clip_spec(args: argparse.Namespace) -> ClipSpec:
@@ -685,9 +694,17 @@ def load_training_set(
 
 
 def load_validation_set(
-    args: argparse.Namespace, make_dataset: Callable, spec: ClipSpec, training_clips: ClipCollection
+    args: argparse.Namespace,
+    make_dataset: Callable,
+    spec: ClipSpec,
+    training_clips: ClipCollection,
+    *,
+    check_overlap: bool = True,
 ):
-    """Return the dataset of the validation clips, each once, or None if no flag asks for one."""
+    """Return the dataset of the validation clips, each once, or None if no flag asks for one.
+
+    check_overlap: raise ValueError if a clip of --validation_folder is a training clip.
+    """
     if args.validation_ratio:
         flag = "--validation_ratio"
         folders = split.select_validation_clips(training_clips.indexes)
@@ -706,8 +723,7 @@ def load_validation_set(
         )
         clip_sampler = ClipSampler([(range(len(clips)), 1)], args.validation_seed)
         dataset = make_dataset(clips, clip_sampler, spec, seed=args.validation_seed)
-    # evaluate_svd.py, without the training clips, names the validation folder as both
-    if args.validation_folder is not args.base_folder and not args.validation_ratio:
+    if check_overlap and not args.validation_ratio:
         split.check_disjoint(clips, training_clips)
     clips.rank_among(training_clips)
     return dataset
@@ -807,19 +823,21 @@ def prepare_run(
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    optimizer = optimizers.make_optimizer(models.trained, args)
+    optimizer = optimizers.make_optimizer(models.trained_by_name, args)
     model, optimizer, trained = distributed.prepare_for_engine(
         accelerator, models.unet, optimizer, args
     )
+    # diffusers' constant schedule has no warm-up; that of 0 steps is the same
+    lr_scheduler = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
     schedule = get_scheduler(
-        args.lr_scheduler.replace("constant", "constant_with_warmup"),
+        lr_scheduler,
         distributed.torch_optimizer(optimizer),
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
     ema = None
     if args.use_ema:
-        ema = EMAModel([parameter.float() for parameter in trained], decay=0.9999)
+        ema = EMAModel([parameter.float() for parameter in trained], decay=EMA_DECAY)
     manager = checkpoints.CheckpointManager(
         accelerator,
         args.output_dir,
@@ -879,7 +897,9 @@ def train_step(
     loss_function = run.recipe.loss
     if args.offload_activations:
         loss_function = activation_checkpointing.offload_activations(run.unet, loss_function)
+    # Sums over processes of loss, unreadable clips, stop requests and gradient norm: one reduction.
     sums = torch.zeros(4, device=accelerator.device)
+    LOSS, UNREADABLE, STOP, GRAD_NORM = range(4)
     for _ in range(args.gradient_accumulation_steps):
         batch = distributed.batch_to_device(next(batches), accelerator.device)
         batch = run.recipe.prepare_batch(batch, run.pipe)
@@ -891,16 +911,16 @@ def train_step(
             )
             run.optimizer.step()
             run.optimizer.zero_grad()
-        sums[0] += loss.detach() / args.gradient_accumulation_steps / accelerator.num_processes
-        sums[1] += batch["failed"].sum()
+        sums[LOSS] += loss.detach() / args.gradient_accumulation_steps / accelerator.num_processes
+        sums[UNREADABLE] += batch["failed"].sum()
     learning_rate = float(run.schedule.get_last_lr()[0])
     skipped = distributed.step_was_skipped(accelerator)
     if not skipped:
         run.schedule.step()
         if run.ema:
             run.ema.step(run.trained)
-    sums[2] = signals.caught
-    sums[3] = grad_norm / accelerator.num_processes
+    sums[STOP] = signals.caught
+    sums[GRAD_NORM] = grad_norm / accelerator.num_processes
     # The only place where a step waits for the GPU.
     mean_loss, unreadable, stop, mean_norm = accelerator.reduce(sums).tolist()
     return StepResult(mean_loss, mean_norm, learning_rate, int(unreadable), skipped, stop > 0)
@@ -1047,11 +1067,11 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     models = load_models(args, recipe, accelerator.device)
     args = replace_args(
         args,
-        num_frames=args.num_frames or models.pipe.unet.config.num_frames,
+        num_frames=models.num_frames,
         gradient_checkpointing=models.memory.policy,
     )
     training_set, validation_set = load_data(args, recipe, accelerator)
-    args = resolve_lengths(args, training_set, accelerator.num_processes)
+    args = resolve_schedule(args, training_set, accelerator.num_processes)
     args = validation.choose_validation_inputs(args, training_set, validation_set)
     run_record.record_run(accelerator, args, training_set.clips)
 
@@ -1078,7 +1098,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     finish(run, before, after)
 
 
-def resolve_lengths(
+def resolve_schedule(
     args: argparse.Namespace, training_set, num_processes: int
 ) -> argparse.Namespace:
     """Return the flags with the number of steps and the learning rate of this run."""
@@ -1249,7 +1269,9 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         help="mean of log sigma; default: 0.7 up to 576x320, 1.0 above",
     )
-    group.add_argument("--P_std", type=float, help="standard deviation of log sigma; default: 1.6")
+    group.add_argument(
+        "--P_std", type=non_negative_float, help="standard deviation of log sigma; default: 1.6"
+    )
     group.add_argument(
         "--conditioning_dropout_prob",
         type=float,
@@ -1292,7 +1314,9 @@ def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
         default=100,
         help="passes over the clips, used without --max_train_steps; default: %(default)s",
     )
-    group.add_argument("--learning_rate", type=float, default=1e-5, help="default: %(default)s")
+    group.add_argument(
+        "--learning_rate", type=non_negative_float, default=1e-5, help="default: %(default)s"
+    )
     group.add_argument(
         "--scale_lr",
         action="store_true",
@@ -1317,10 +1341,18 @@ def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
         help="adamw8bit keeps Adam's moments in 8 bits; adamw_bf16_sr keeps weights, gradients and "
         "moments in bf16 with stochastic rounding; both need torchao; default: %(default)s",
     )
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="default: %(default)s")
-    group.add_argument("--adam_epsilon", type=float, help="default: 1e-8, and 1e-6 with adamw8bit")
+    group.add_argument(
+        "--adam_beta1", type=fraction_below_one, default=0.9, help="default: %(default)s"
+    )
+    group.add_argument(
+        "--adam_beta2", type=fraction_below_one, default=0.999, help="default: %(default)s"
+    )
+    group.add_argument(
+        "--adam_weight_decay", type=non_negative_float, default=1e-2, help="default: %(default)s"
+    )
+    group.add_argument(
+        "--adam_epsilon", type=positive_float, help="default: 1e-8, and 1e-6 with adamw8bit"
+    )
     group.add_argument(
         "--max_grad_norm",
         type=non_negative_float,
@@ -1441,14 +1473,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
             "--offload_activations: also pass --gradient_checkpointing blocks or nested; without it "
             "too much would be moved"
         )
+    given = " ".join(map(str, args.conditioning_dropout_prob))
     if len(args.conditioning_dropout_prob) == 1:
         args.conditioning_dropout_prob = args.conditioning_dropout_prob * 3
     dropout = args.conditioning_dropout_prob
     if len(dropout) != 3 or min(dropout) < 0 or sum(dropout) > 1:
-        given = " ".join(map(str, dropout))
         parser.error(
-            f"--conditioning_dropout_prob {given}: expected one number up to 1/3, or three numbers "
-            "whose sum is at most 1"
+            f"--conditioning_dropout_prob {given}: expected one number up to 1/3, which is then the "
+            "probability of each of three cases, or three numbers whose sum is at most 1"
         )
     if args.folder_weights and len(args.folder_weights) != len(args.base_folder):
         parser.error(
