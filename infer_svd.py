@@ -172,6 +172,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(
             f"--tracklets: expected 1 file or {len(args.image)}, one for each --image; got {num_files}"
         )
+    if args.tracklet_weights != str(TINY_BOXES) and not args.tracklets:
+        parser.error("--tracklet_weights: has no effect without boxes; also pass --tracklets")
     if args.ema and not args.checkpoint:
         parser.error("--ema: only checkpoints have EMA weights; pass --checkpoint")
     return args

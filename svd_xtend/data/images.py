@@ -55,7 +55,7 @@ TITLE_FONT_SIZE = 15
 def natural_key(path: PathLike) -> list[int | str]:
     """Return a sort key that orders frame_2 before frame_10."""
     parts = re.split(r"(\d+)", os.path.basename(path))
-    return [int(part) if part.isdigit() else part.lower() for part in parts]
+    return [int(part) if part.isdecimal() else part.lower() for part in parts]
 
 
 def select_frame_names(names: Iterable[str]) -> list[str]:

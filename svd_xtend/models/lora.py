@@ -3,10 +3,7 @@
     pipe = StableVideoDiffusionPipeline.from_pretrained(...)
     load_lora(pipe.unet, "outputs/lora/pytorch_lora_weights.safetensors", scale=0.7)
 
-Merge a LoRA into its base model, as a full export:
-
-    python -m svd_xtend.models.lora --pretrained_model_name_or_path BASE --lora FILE \\
-        --output_dir MERGED
+svd_xtend/export/merged_lora.py merges a LoRA into its base model, as a full export.
 
 diffusers has no LoRA loader for SVD, because its UNet lacks the PEFT mixin. PEFT's own functions do
 the work here.
@@ -14,7 +11,6 @@ the work here.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -167,7 +163,9 @@ def load_lora(unet: nn.Module, file: str | Path, scale: float = 1.0) -> None:
 
     file = Path(file, LORA_FILE) if Path(file).is_dir() else Path(file)
     if not file.is_file():
-        raise ValueError(f"--lora {file}: no such file")
+        raise ValueError(
+            f"--lora {file}: no such file. Expected {LORA_FILE}, or the folder that holds it."
+        )
     try:
         with safe_open(file, "pt") as opened:
             file_metadata = opened.metadata() or {}
@@ -236,42 +234,3 @@ def merge_lora(unet: nn.Module) -> nn.Module:
         setattr(unet.get_submodule(parent_name), child_name, layer.get_base_layer())
     del unet.peft_config
     return unet
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the flags of `python -m svd_xtend.models.lora`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--pretrained_model_name_or_path",
-        required=True,
-        help="the base model that the LoRA was trained on",
-    )
-    parser.add_argument(
-        "--lora", required=True, help="pytorch_lora_weights.safetensors, or its folder"
-    )
-    parser.add_argument(
-        "--lora_scale",
-        type=float,
-        default=1.0,
-        help="strength of the LoRA; 1 is as trained; default: %(default)s",
-    )
-    parser.add_argument("--output_dir", required=True, help="folder for the merged SVD")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    """Merge a LoRA into its base model and write the result."""
-    import torch
-
-    from svd_xtend.models.loading import load_svd
-
-    pipe = load_svd(args.pretrained_model_name_or_path, torch.float32)
-    load_lora(pipe.unet, args.lora, args.lora_scale)
-    merge_lora(pipe.unet)
-    pipe.save_pretrained(args.output_dir)
-
-
-if __name__ == "__main__":
-    main(build_parser().parse_args())
