@@ -203,7 +203,8 @@ def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(run):
         return value
 
     with pytest.raises(
-        FloatingPointError, match="step 2: the gradient norm is nan.*checkpoint of step 1 is complete"
+        FloatingPointError,
+        match="step 2: the gradient norm is nan.*checkpoint of step 1 is complete",
     ):
         run("--max_train_steps=3", *SMALL, "--checkpointing_steps=1", loss=poison)
 
@@ -217,7 +218,8 @@ def test_a_save_that_dies_leaves_the_last_checkpoint_whole(run, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_tensors", no_space)
     with pytest.raises(
-        OSError, match="^--output_dir .*No space left on device.*resumes from the checkpoint of step 1"
+        OSError,
+        match="^--output_dir .*No space left on device.*resumes from the checkpoint of step 1",
     ):
         run("--max_train_steps=2", *SMALL, "--checkpoints_total_limit=1")
     assert [p.name for p in find_checkpoints(out)] == ["checkpoint-1"]
@@ -367,12 +369,14 @@ def test_impossible_precision_is_one_clear_error(run, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(
-        ValueError, match="^--mixed_precision fp16: not available on this machine. Pass --mixed_precision"
+        ValueError,
+        match="^--mixed_precision fp16: not available on this machine. Pass --mixed_precision",
     ):
         run("--max_train_steps=1", "--mixed_precision=fp16")
     monkeypatch.setattr(precision, "fast_bf16", lambda: False)
     with pytest.raises(
-        ValueError, match="^--mixed_precision bf16: not available on this machine. Pass --mixed_precision no"
+        ValueError,
+        match="^--mixed_precision bf16: not available on this machine. Pass --mixed_precision no",
     ):
         run("--max_train_steps=1", "--mixed_precision=bf16")
 
@@ -442,7 +446,12 @@ def test_a_steps_loss_and_gradients_never_ask_the_device_for_a_number(run):
 def test_train_does_not_write_to_the_flags_that_it_is_given(clips, tmp_path):
     """Resolved flags are new copies: what was asked for and what was resolved are never confused."""
     flags = [f"--base_folder={clips}", f"--output_dir={tmp_path}", "--width=64", "--height=48"]
-    flags += ["--num_workers=0", "--max_train_steps=1", "--gradient_checkpointing=auto", "--scale_lr"]
+    flags += [
+        "--num_workers=0",
+        "--max_train_steps=1",
+        "--gradient_checkpointing=auto",
+        "--scale_lr",
+    ]
     args = train_svd.parse(train_svd.build_parser(), [*flags, "--validation_steps=0"])
     before = dict(vars(args))
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -135,7 +135,8 @@ def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(
     for file in (tmp_path / "some").glob("*/tracklets.json"):
         file.unlink()
     with pytest.raises(
-        ValueError, match="^--tracklets .*: no boxes for any video. Expected a file that names roam0000"
+        ValueError,
+        match="^--tracklets .*: no boxes for any video. Expected a file that names roam0000",
     ):
         dataset(tmp_path / "some")
     with pytest.raises(ValueError, match=r"tracklets.json: the file: expected JSON"):
@@ -146,7 +147,10 @@ def test_videos_without_boxes_are_named_and_none_with_boxes_is_an_error(
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--box_dropout=1.5"], "error: argument --box_dropout: expected a fraction from 0 to 1; got 1.5"),
+        (
+            ["--box_dropout=1.5"],
+            "error: argument --box_dropout: expected a fraction from 0 to 1; got 1.5",
+        ),
         (
             ["--validation_tracklets", "a.json"],
             "error: --validation_tracklets: expected",
@@ -248,7 +252,8 @@ def test_a_stage_starts_where_the_last_one_ended(run, tmp_path, weights):
     )
     assert_equal_files(out / box_control.BOX_CONTROL_FILE, weights / box_control.BOX_CONTROL_FILE)
     with pytest.raises(
-        ValueError, match=r"--tracklet_weights .*: these weights need --max_objects 8 --enhancer carry"
+        ValueError,
+        match=r"--tracklet_weights .*: these weights need --max_objects 8 --enhancer carry",
     ):
         run(
             f"--tracklet_weights={weights}",
