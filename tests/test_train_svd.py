@@ -341,7 +341,7 @@ def test_folders_without_weights_are_clear_errors(run, tmp_path):
         run("--max_train_steps=1", f"--pretrained_model_name_or_path={tmp_path}")
     with pytest.raises(ValueError, match="^--pretrain_unet .*usable weights"):
         run("--max_train_steps=1", f"--pretrain_unet={tmp_path}")
-    with pytest.raises(ValueError, match="^--train_params nonsense: in no parameter's name"):
+    with pytest.raises(ValueError, match="^--train_params nonsense: no parameter of the UNet"):
         run("--max_train_steps=1", "--train_params", "nonsense")
 
 
@@ -521,7 +521,7 @@ def test_signals_save_a_checkpoint_and_leave_with_a_message(clips, tmp_path, num
         time.sleep(0.1)
     os.killpg(process.pid, number)  # as a terminal and SLURM do: the loader's workers get it too
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 143 and "the same command goes on from there" in output, output
+    assert process.returncode == 143 and "the same command continues from there" in output, output
     (kept,) = find_checkpoints(tmp_path)
     assert checkpoints.read_progress(kept)["step"] == len(losses(tmp_path))
 
@@ -588,5 +588,7 @@ def test_validation_images_of_one_name_are_refused(run, clips, tmp_path):
     for path in paths:
         path.parent.mkdir(parents=True)
         path.write_bytes((clips / "fall0000" / "000.png").read_bytes())
-    with pytest.raises(ValueError, match=f"^--validation_image {paths[1]}: .*{paths[0]}'s"):
+    with pytest.raises(
+        ValueError, match=f"^--validation_image {paths[1]}: .* as those of {paths[0]}"
+    ):
         run("--max_train_steps=1", "--validation_steps=1", "--validation_image", *map(str, paths))
