@@ -52,6 +52,9 @@ SLOW_FILES = {
 }
 SLOW_FIXTURES = {"browser", "farm", "run", "torchao"}
 SLOW_TESTS = {
+    "test_a_half_precision_unet_takes_adapters_in_any_precision",
+    "test_a_held_out_loss_is_the_trainers_own_of_that_clip_at_that_sigma",
+    "test_half_precision_has_the_loss_and_the_gradients_direction_of_float32",
     "test_a_box_layer_soon_learns_what_is_inside_its_boxes",
     "test_a_changed_checkout_says_so",
     "test_a_folder_without_a_run_gives_an_error_of_one_line",
