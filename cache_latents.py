@@ -47,7 +47,7 @@ MAX_WAIT = timedelta(hours=24)
 
 @dataclass
 class CacheJob:
-    """What is encoded, and with what. pipe: the pipeline without its UNet."""
+    """The videos to encode and the encoders. pipe: the pipeline without its UNet."""
 
     accelerator: Accelerator
     pipe: StableVideoDiffusionPipeline

@@ -583,7 +583,6 @@ def measure_losses(
 
 def evaluate_models(args: argparse.Namespace) -> None:
     """Measure the base model and --tuned on the validation set, and write the results."""
-    import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import gather_object
 
@@ -592,8 +591,7 @@ def evaluate_models(args: argparse.Namespace) -> None:
     process = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     if process.num_processes > 1:
         distributed.fail_together(process.process_index)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32 or args.mixed_precision != "no"
+    precision.set_tf32(args.allow_tf32, args.mixed_precision)
     if process.is_main_process:
         print(
             f"precision {args.mixed_precision}, {process.device}, "
@@ -812,8 +810,7 @@ def run_parity_check(args: argparse.Namespace) -> str | None:
     import torch
     from tqdm import tqdm
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    precision.set_tf32(False, "no")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = args.pretrained_model_name_or_path
     pipe = loading.load_svd(path, torch.float32, args.revision, args.pretrain_unet).to(device)

@@ -57,6 +57,7 @@ from svd_xtend.training.flag_types import (
     number_or_word,
     positive_float,
     positive_int,
+    replace_args,
 )
 from svd_xtend.training.validation import RenderedClip
 
@@ -227,7 +228,7 @@ class SampleNoise:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet sees besides the noisy latents.
+    """The inputs of the UNet besides the noisy latents.
 
     image_embeds: (b, 1, d) CLIP embedding of the clean first frame.
     image_latents: (b, 4, h/8, w/8) first frame with a little noise, the VAE's mean, *not* scaled.
@@ -578,14 +579,8 @@ class Recipe:
     export: Callable = export_pipeline
 
 
-def replace_args(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    """Return a copy of the flags with some of them resolved."""
-    return argparse.Namespace(**{**vars(args), **changes})
-
-
 def set_up(args: argparse.Namespace) -> tuple[Accelerator, Path | None, argparse.Namespace]:
     """Start accelerate, find the checkpoint to resume from, resolve precision and seed."""
-    import torch
     from accelerate.utils import broadcast_object_list
 
     args = replace_args(args, mixed_precision=precision.check_precision(args.mixed_precision))
@@ -593,9 +588,7 @@ def set_up(args: argparse.Namespace) -> tuple[Accelerator, Path | None, argparse
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    # Convolutions: under fp16 only the VAE computes in float32, and TF32 makes it several times faster.
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32 or args.mixed_precision != "no"
+    precision.set_tf32(args.allow_tf32, args.mixed_precision)
 
     checkpoint = None
     if accelerator.is_main_process:  # only one process reads all checkpoints
@@ -771,12 +764,14 @@ class TrainState:
 class TrainingRun:
     """Everything that the steps of one training run share.
 
-    unet: the model with its adapters. model: the same, as DDP, FSDP2 or DeepSpeed wraps it.
-    trained: the parameters that train.
+    loss: that of the recipe, with activations offloaded if the flags say so. unet: the model with its
+    adapters. model: the same, as DDP, FSDP2 or DeepSpeed wraps it. trained: the parameters that train.
     """
 
     args: argparse.Namespace
     recipe: Recipe
+    loss: Callable
+    options: LossOptions
     accelerator: Accelerator
     pipe: StableVideoDiffusionPipeline
     unet: torch.nn.Module
@@ -797,7 +792,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports, the same on all processes.
+    """The report of one optimizer step, the same on all processes.
 
     unreadable: clips of this step that could not be read. skipped: fp16's scaler met an overflow and
     left the weights as they were. stop: a process was asked to stop.
@@ -847,9 +842,14 @@ def prepare_run(
         schedule,
         ema,
     )
+    loss = recipe.loss
+    if args.offload_activations:
+        loss = activation_checkpointing.offload_activations(models.unet, loss)
     return TrainingRun(
         args=args,
         recipe=recipe,
+        loss=loss,
+        options=LossOptions.from_args(args),
         accelerator=accelerator,
         pipe=models.pipe,
         unet=models.unet,
@@ -893,10 +893,6 @@ def train_step(
 
     args = run.args
     accelerator = run.accelerator
-    options = LossOptions.from_args(args)
-    loss_function = run.recipe.loss
-    if args.offload_activations:
-        loss_function = activation_checkpointing.offload_activations(run.unet, loss_function)
     # Sums over processes of loss, unreadable clips, stop requests and gradient norm: one reduction.
     sums = torch.zeros(4, device=accelerator.device)
     LOSS, UNREADABLE, STOP, GRAD_NORM = range(4)
@@ -904,7 +900,7 @@ def train_step(
         batch = distributed.batch_to_device(next(batches), accelerator.device)
         batch = run.recipe.prepare_batch(batch, run.pipe)
         with accelerator.accumulate(run.model):
-            loss = loss_function(run.model, run.pipe, batch, options).mean()
+            loss = run.loss(run.model, run.pipe, batch, run.options).mean()
             accelerator.backward(loss)
             grad_norm = distributed.clip_grad_norm(
                 accelerator, run.trained, args.max_grad_norm or math.inf

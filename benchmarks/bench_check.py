@@ -40,7 +40,7 @@ SETTLING_SECONDS = 3  # the index does not trust files that changed a moment ago
 
 @dataclass(frozen=True)
 class Usage:
-    """What one run of the command took."""
+    """Seconds and memory of one run of the command."""
 
     seconds: float
     peak_mib: float

@@ -35,7 +35,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -44,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bench_loader
 import torch
 from count_step import count_flops
+from full_size_weights import make_models
 from torch import nn
 
 import train_svd
@@ -127,30 +127,8 @@ def make_pipe(args: argparse.Namespace, device: torch.device) -> Any:
     """Return the models to measure: the embedded SVD, or random weights in SVD's layout."""
     if args.model == "tiny":
         return loading.load_svd(str(TINY_SVD), torch.float32)
-    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    vit_huge = CLIPVisionConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        projection_dim=1024,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        patch_size=14,
-        hidden_act="gelu",
-    )
-    with torch.device(device):
-        return SimpleNamespace(
-            unet=UNetSpatioTemporalConditionModel(**(HALF_WIDTH if args.model == "half" else {})),
-            vae=AutoencoderKLTemporalDecoder(
-                down_block_types=["DownEncoderBlock2D"] * 4,
-                block_out_channels=[128, 256, 512, 512],
-                layers_per_block=2,
-                force_upcast=True,
-            ),
-            image_encoder=CLIPVisionModelWithProjection(vit_huge),
-            feature_extractor=CLIPImageProcessor(),
-        )
+    unet_config = HALF_WIDTH if args.model == "half" else {}
+    return make_models(device, **unet_config)
 
 
 def make_unet(

@@ -8,18 +8,18 @@ nothing; memory, seconds and file sizes are those of the real model.
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 
-def write_weights(folder: Path, device: torch.device) -> None:
-    """Make the pipeline on a device, in half precision, and save it as the fp16 variant."""
-    from diffusers import (
-        AutoencoderKLTemporalDecoder,
-        EulerDiscreteScheduler,
-        StableVideoDiffusionPipeline,
-        UNetSpatioTemporalConditionModel,
-    )
+def make_models(device: torch.device, **unet_config: Any) -> SimpleNamespace:
+    """Return unet, vae, image_encoder and feature_extractor of SVD with random weights, in float32.
+
+    unet_config: where the UNet differs from SVD's configuration, which is that of diffusers' defaults.
+    """
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     vit_huge = CLIPVisionConfig(
@@ -31,17 +31,27 @@ def write_weights(folder: Path, device: torch.device) -> None:
         patch_size=14,
         hidden_act="gelu",
     )
-    torch.manual_seed(0)
     with torch.device(device):
-        unet = UNetSpatioTemporalConditionModel().half()
-        vae = AutoencoderKLTemporalDecoder(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            sample_size=768,
-            force_upcast=True,
-        ).half()
-        clip = CLIPVisionModelWithProjection(vit_huge).half()
+        return SimpleNamespace(
+            unet=UNetSpatioTemporalConditionModel(**unet_config),
+            vae=AutoencoderKLTemporalDecoder(
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                block_out_channels=[128, 256, 512, 512],
+                layers_per_block=2,
+                sample_size=768,
+                force_upcast=True,
+            ),
+            image_encoder=CLIPVisionModelWithProjection(vit_huge),
+            feature_extractor=CLIPImageProcessor(),
+        )
+
+
+def write_weights(folder: Path, device: torch.device) -> None:
+    """Make the pipeline on a device, in half precision, and save it as the fp16 variant."""
+    from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+
+    torch.manual_seed(0)
+    models = make_models(device)
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -55,7 +65,13 @@ def write_weights(folder: Path, device: torch.device) -> None:
         timestep_type="continuous",
         use_karras_sigmas=True,
     )
-    pipe = StableVideoDiffusionPipeline(vae, clip, unet, scheduler, CLIPImageProcessor())
+    pipe = StableVideoDiffusionPipeline(
+        models.vae.half(),
+        models.image_encoder.half(),
+        models.unet.half(),
+        scheduler,
+        models.feature_extractor,
+    )
     pipe.save_pretrained(folder, variant="fp16")
 
 

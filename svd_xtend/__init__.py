@@ -1,1 +1,1 @@
-"""What is not a training loop. Nothing in here imports a script."""
+"""Everything around the training loop. No module of this package imports a script."""

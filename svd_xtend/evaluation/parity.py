@@ -184,7 +184,7 @@ class TensorParity:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed; not if it is nan."""
+        """Return whether the difference is allowed; nan is not."""
         return self.difference <= self.allowed
 
 

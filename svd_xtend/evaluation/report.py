@@ -95,7 +95,7 @@ PLOT_STYLE = {
 
 @dataclass
 class Reference:
-    """What a validation image is compared with. Frames are None if their file is gone."""
+    """The clips that a validation image is compared with. They are None if their file is gone."""
 
     fps: float = DEFAULT_FPS
     first_frame: Image.Image | None = None

@@ -151,6 +151,18 @@ def fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()  # private; torch has no public equivalent
 
 
+def set_tf32(allow_tf32: bool, precision: str) -> None:
+    """Set whether float32 layers may compute in TF32 on a GPU.
+
+    Convolutions may at any precision but `no`: under fp16 only the VAE computes in float32, and TF32
+    makes it several times faster.
+    """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow_tf32 or precision != "no"
+
+
 def best_precision() -> str:
     """Return bf16 if it is fast on this machine, else fp16 if there is a GPU, else no."""
     import torch

@@ -103,6 +103,11 @@ def number_or_word(
     return parse
 
 
+def replace_args(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
+    """Return a copy of the flags with some of them resolved."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
 def parse_int(text: str) -> int | None:
     """Return the whole number that a text holds, or None."""
     try:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from svd_xtend.models import activation_checkpointing, unet_optimizations
+from svd_xtend.training.flag_types import replace_args
 from svd_xtend.training.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class TrainingJob:
 
     def with_flags(self, **flags: Any) -> TrainingJob:
         """Return the same job with some flags changed."""
-        return replace(self, args=argparse.Namespace(**{**vars(self.args), **flags}))
+        return replace(self, args=replace_args(self.args, **flags))
 
     def tokens_per_clip(self) -> int:
         """Return the number of latent pixels of one clip."""

@@ -20,7 +20,7 @@ GATE_RATE = 10
 
 
 class OptimizerSpec(NamedTuple):
-    """What an optimizer keeps for each trained parameter."""
+    """The precision and memory that an optimizer keeps for each trained parameter."""
 
     weight_dtype: str  # name of the torch dtype of trained weights
     moment_bytes: int  # per parameter, of Adam's two moments together

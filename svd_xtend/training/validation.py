@@ -18,6 +18,7 @@ import numpy as np
 from svd_xtend.data import folder_index, images, motion
 from svd_xtend.data.clip import Clip, find_continuation
 from svd_xtend.data.sampler import ClipCollection
+from svd_xtend.training.flag_types import replace_args
 from svd_xtend.training.run_record import write_row
 from svd_xtend.training.trackers import log_videos
 
@@ -62,7 +63,7 @@ def choose_validation_inputs(
     set if there is no validation set. Raise ValueError if two images would write the same files.
     """
     if not args.validation_steps:
-        return argparse.Namespace(**{**vars(args), "validation": []})
+        return replace_args(args, validation=[])
     paths = args.validation_image
     if not paths:
         first = (validation_set or training_set).clips[0]
@@ -70,7 +71,7 @@ def choose_validation_inputs(
     check_distinct_names(paths)
     folders = [*args.base_folder, *(args.validation_folder or [])]
     inputs = [describe_input(path, folders, training_set.clips, args) for path in paths]
-    return argparse.Namespace(**{**vars(args), "validation_image": paths, "validation": inputs})
+    return replace_args(args, validation_image=paths, validation=inputs)
 
 
 def check_distinct_names(paths: list[str]) -> None:
